@@ -1,0 +1,34 @@
+# make test and make demo need python3 (3.10 or newer) with venv, make and git; nothing else.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install test check demo clean
+
+help:
+	@echo "make test    install into $(VENV), then check style, types and run the tests"
+	@echo "make demo    compress the bundled model and show what it costs before and after"
+	@echo "make check   style and types only"
+	@echo "make clean   remove $(VENV) and what the demo wrote"
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml $(wildcard plugins/*/pyproject.toml)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[test]' $(foreach p,$(wildcard plugins/*),--editable $(p))
+	touch $@
+
+check: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/python -m pytest
+
+demo: $(INSTALLED)
+	$(BIN)/tdkit compress garipov --budget 0.25 --data fashion-mnist-sample --output out/garipov-0.25.pt --force
+
+clean:
+	rm -rf $(VENV) out .mypy_cache .pytest_cache .ruff_cache .hypothesis

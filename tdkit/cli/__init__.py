@@ -1,0 +1,88 @@
+"""The command line: thin commands over the library; only here typer and rich."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import warnings
+from typing import Any, NoReturn
+
+import typer
+
+from tdkit import __version__
+from tdkit.cli.apply import apply
+from tdkit.cli.compress import compress
+from tdkit.cli.inspect import inspect
+from tdkit.cli.plugins import plugins
+from tdkit.cli.score import score
+from tdkit.cli.train import train
+from tdkit.errors import TdkitError
+
+app = typer.Typer(
+    name="tdkit",
+    help="Compress trained PyTorch models with tensor decompositions.",
+    epilog="Start with: tdkit compress garipov --budget 0.5",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+for command in (compress, inspect, score, apply, train, plugins):
+    app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tdkit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version."
+    ),
+    debug: bool = typer.Option(
+        False, "--debug", help="Show tracebacks and warnings; may stand anywhere."
+    ),
+) -> None:
+    """Compress trained PyTorch models with tensor decompositions."""
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit with the status that fits what happened."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    if not debug:
+        warnings.simplefilter("ignore")
+    try:
+        app([argument for argument in arguments if argument != "--debug"])
+    except Exception as error:
+        if debug:
+            raise
+        _explain(error)
+    raise SystemExit(0)
+
+
+def _stop(number: int, _frame: Any) -> NoReturn:
+    # As an exception, so that every file half-written is removed on the way out.
+    typer.echo("\nstopped; no output was written", err=True)
+    raise SystemExit(128 + number)
+
+
+def _explain(error: Exception) -> NoReturn:
+    if isinstance(error, TdkitError):
+        status, message, hint = error.exit_status, str(error), error.hint
+    elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        status, message = 1, "out of memory"
+        hint = "try --device cpu, fewer --methods or a smaller --batch-size"
+    else:
+        first = (str(error) or type(error).__name__).strip().splitlines()[0]
+        status, message = 1, f"unexpected {type(error).__name__}: {first}"
+        hint = "run it again with --debug for the traceback, and report it"
+    typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
+    typer.echo(message, err=True)
+    if hint:
+        typer.echo(f"hint: {hint}", err=True)
+    raise SystemExit(status)

@@ -1,0 +1,109 @@
+"""``tdkit compress``: the main job."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from tdkit.cli import options
+
+
+def compress(
+    model: options.Model,
+    budget: Annotated[
+        str, typer.Option("--budget", "-b", help="Fraction of the model that may remain.")
+    ] = "0.5",
+    cost: Annotated[str, typer.Option(help="What the budget counts: params or macs.")] = "params",
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--output", "-o", help="Where the model goes; MODEL-BUDGET.pt if unset."),
+    ] = None,
+    format: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="module, state-dict, safetensors, onnx or pt2; as the input if unset."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan as JSON and write nothing.")
+    ] = False,
+    methods: options.Methods = None,
+    metric: Annotated[
+        str, typer.Option(help="Approximation error that guides the planner; see tdkit plugins.")
+    ] = "relative-weights",
+    planner: Annotated[str, typer.Option(help="How to choose among candidates.")] = "greedy",
+    keeps: options.Keeps = None,
+    samples: Annotated[int, typer.Option(min=1, help="Images for feature metrics.")] = 256,
+    layers: options.Layers = None,
+    include_ends: options.IncludeEnds = False,
+    arch: options.Arch = None,
+    weights: options.Weights = None,
+    allow_class: options.AllowClass = None,
+    unsafe_load: options.UnsafeLoad = False,
+    input_shape: options.InputShape = None,
+    data: options.Data = None,
+    data_root: options.DataRoot = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Batch of the latency runs.")] = 32,
+    device: options.Device = "auto",
+    seed: options.Seed = 0,
+    json: options.Json = False,
+    force: options.Force = False,
+) -> None:
+    """Compress a model to a budget, verify it, and report what it costs before and after.
+
+    Example: `tdkit compress model.pt --budget 0.5 --input-shape 3,224,224 -o small.pt`
+    """
+    from tdkit.api import resolve_methods, resolve_metrics
+    from tdkit.candidates import COMPRESSION_KEEPS, Grid
+    from tdkit.cli.common import (
+        Source,
+        feature_batches,
+        file_json,
+        image_size,
+        open_dataset,
+        open_model,
+        parse_fraction,
+        parse_keeps,
+        parse_names,
+    )
+    from tdkit.cli.display import progress_bar, stdout
+    from tdkit.cli.finish import Destination, finish
+    from tdkit.compression import Goal, compress_model
+    from tdkit.registry import load_registry, lookup
+
+    start = time.perf_counter()
+    goal = Goal(parse_fraction(budget, "--budget"), cost, metric, planner)  # type: ignore[arg-type]
+    registry = load_registry()
+    source = Source(model, arch, weights, allow_class or (), unsafe_load, input_shape, device)
+    metrics = resolve_metrics(registry, [metric])
+    grid = Grid(
+        resolve_methods(registry, parse_names(methods)),
+        metrics,
+        parse_keeps(keeps, COMPRESSION_KEEPS),
+        "best",
+        seed,
+    )
+    size = image_size(source, registry)
+    dataset = open_dataset(data, registry, data_root, size, seed) if data else None
+    opened = open_model(source, registry, dataset)
+    default = f"{opened.name}-{goal.budget:g}"
+    destination = Destination.of(opened, output, default, format, force, model)
+    needs_data = any(m.target == "features" for m in metrics)
+    with progress_bar("scoring") as progress:
+        result = compress_model(
+            opened.model,
+            grid,
+            goal,
+            lookup(registry.planners, planner, "planner").create(),
+            inputs=opened.inputs(),
+            batches=feature_batches(dataset, samples, opened.model) if needs_data else [],
+            patterns=layers or (),
+            keep_ends=not include_ends,
+            progress=progress,
+        )
+    if dry_run:
+        stdout().out(file_json(result.plan.to_json()), end="")
+        return
+    test = dataset.test if dataset else None
+    finish(opened, result, destination, test=test, batch=batch_size, start=start, json=json)

@@ -1,0 +1,101 @@
+"""``tdkit inspect``: every layer, and whether it can be compressed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tdkit.cli import options
+
+if TYPE_CHECKING:
+    from tdkit.layers import Layer
+
+
+def inspect(
+    model: options.Model,
+    arch: options.Arch = None,
+    weights: options.Weights = None,
+    allow_class: options.AllowClass = None,
+    unsafe_load: options.UnsafeLoad = False,
+    input_shape: options.InputShape = None,
+    layers: options.Layers = None,
+    include_ends: options.IncludeEnds = False,
+    device: options.Device = "auto",
+    json: options.Json = False,
+) -> None:
+    """Print every layer: kind, weight, parameters, MACs, compressible or why not.
+
+    Example: `tdkit inspect resnet18 --weights none`
+    """
+    from dataclasses import replace
+
+    from tdkit.api import resolve_methods
+    from tdkit.candidates import unsupported_by_all
+    from tdkit.cli.common import Source, file_json, open_model
+    from tdkit.cli.display import stdout
+    from tdkit.compression import one_sample
+    from tdkit.costs import model_parameters
+    from tdkit.layers import find_layers
+    from tdkit.registry import load_registry
+
+    registry = load_registry()
+    source = Source(model, arch, weights, allow_class or (), unsafe_load, input_shape, device)
+    opened = open_model(source, registry)
+    methods = resolve_methods(registry, list(registry.decompositions))
+    found = [
+        replace(layer, reason=layer.reason or unsupported_by_all(layer, methods))
+        for layer in find_layers(
+            opened.model,
+            inputs=one_sample(opened.inputs()),
+            patterns=layers or (),
+            keep_ends=not include_ends,
+        )
+    ]
+    total = model_parameters(opened.model)
+    if json:
+        value = {"parameters": total, "macs": _sum_macs(found), "layers": [_row(x) for x in found]}
+        stdout().out(file_json(value), end="")
+        return
+    _print(found, total, opened.shape)
+
+
+def _print(layers: list[Layer], total: int, shape: tuple[int, ...] | None) -> None:
+    from tdkit.cli.display import number, percent, stdout, table
+
+    numbers = ("parameters", "MACs")
+    view = table(None, "layer", "kind", "weight", *numbers, "compressible", right=numbers)
+    for layer in layers:
+        names = " = ".join((layer.name, *layer.aliases))
+        weight = " × ".join(map(str, layer.spec.weight_shape)) if layer.spec else "–"
+        answer = "yes" if layer.reason is None else f"no: {layer.reason}"
+        style = None if layer.reason is None else "dim"
+        row = (names, layer.kind, weight, number(layer.parameters), number(layer.macs), answer)
+        view.add_row(*row, style=style)
+    open_parameters = sum(layer.parameters for layer in layers if layer.reason is None)
+    console = stdout()
+    console.print(view)
+    console.print(
+        f"\n{len(layers)} layers; {number(total)} parameters,"
+        f" {percent(open_parameters, total)} of them compressible"
+    )
+    if shape is None:
+        console.print("MACs need the shape of one input: --input-shape 3,224,224")
+    else:
+        size = " × ".join(map(str, shape))
+        console.print(f"{number(_sum_macs(layers))} MACs for one input of {size}")
+
+
+def _sum_macs(layers: list[Layer]) -> int | None:
+    counts = [layer.macs for layer in layers if layer.macs is not None]
+    return sum(counts) if counts else None
+
+
+def _row(layer: Layer) -> dict[str, Any]:
+    return {
+        "name": layer.name,
+        "aliases": list(layer.aliases),
+        "kind": layer.kind,
+        "weight": list(layer.spec.weight_shape) if layer.spec else None,
+        "parameters": layer.parameters,
+        "macs": layer.macs,
+        "reason": layer.reason,
+    }

@@ -1,0 +1,69 @@
+"""The options that several commands share, described once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A model file (.pt, .pth, .safetensors) or the name of a registered model.",
+    ),
+]
+Arch = Annotated[
+    Optional[str],  # noqa: UP045 - typer reads the annotation at run time on 3.10
+    typer.Option(
+        help="Architecture of a state_dict: a registered name or package.module:callable."
+    ),
+]
+Weights = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="Weights of a named model; 'none' for random ones."),
+]
+AllowClass = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(metavar="PACKAGE.MODULE:CLASS", help="A class of yours that the file may hold."),
+]
+UnsafeLoad = Annotated[
+    bool,
+    typer.Option("--unsafe-load", help="Run whatever code the file holds. Trusted files only."),
+]
+InputShape = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(metavar="C,H,W", help="Shape of one input, such as 3,224,224."),
+]
+Data = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        metavar="NAME[:PATH]", help="Data set, such as fashion-mnist or image-folder:PATH."
+    ),
+]
+DataRoot = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="Folder to look for data sets in first."),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
+Seed = Annotated[int, typer.Option(help="Seeds every random start; recorded in the plan.")]
+Methods = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(metavar="NAME,...", help="Decompositions to consider; see tdkit plugins."),
+]
+Layers = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        metavar="PATTERN", help="Only layers of this name, such as 'layer4.*'; repeatable."
+    ),
+]
+IncludeEnds = Annotated[
+    bool, typer.Option("--include-ends", help="Consider the first and the last layer too.")
+]
+Keeps = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(metavar="K,...", help="Fractions of a layer's parameters to consider."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]

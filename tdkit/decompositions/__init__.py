@@ -1,0 +1,47 @@
+"""The built-in decomposition methods, registered through the hook anyone uses."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tdkit.hookspecs import DecompositionRecord, hookimpl
+
+if TYPE_CHECKING:
+    from tdkit.decompositions.base import Decomposition
+
+
+def _svd() -> Decomposition:
+    from tdkit.decompositions.svd import Svd
+
+    return Svd()
+
+
+def _cp() -> Decomposition:
+    from tdkit.decompositions.cp import Cp
+
+    return Cp()
+
+
+def _tucker() -> Decomposition:
+    from tdkit.decompositions.tucker import Tucker
+
+    return Tucker()
+
+
+def _tt() -> Decomposition:
+    from tdkit.decompositions.tt import TensorTrain
+
+    return TensorTrain()
+
+
+@hookimpl
+def tdkit_decompositions() -> list[DecompositionRecord]:
+    """Provide svd, cp, tucker and tt."""
+    return [
+        DecompositionRecord("svd", "truncated SVD: k x k to few channels, then 1x1", _svd),
+        DecompositionRecord("cp", "CP by ALS: 1x1, depthwise per axis, 1x1", _cp),
+        DecompositionRecord(
+            "tucker", "channel-mode Tucker by HOSVD: 1x1, k x k core, 1x1", _tucker
+        ),
+        DecompositionRecord("tt", "tensor train by TT-SVD: 1x1, k x 1, 1 x k, 1x1", _tt),
+    ]

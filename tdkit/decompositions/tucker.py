@@ -1,0 +1,125 @@
+"""Tucker decomposition over the two channel modes, by HOSVD (Eq. 3 of the paper).
+
+The kernel modes are contracted into the core: a 1x1 convolution to ``r_in`` channels, the k x k
+core to ``r_out`` channels, a 1x1 convolution to all output channels (Kim et al. 2016).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tdkit.decompositions.base import Decomposition, Prepared, Rank
+from tdkit.decompositions.hosvd import hosvd, project
+from tdkit.decompositions.spectra import leading_basis
+from tdkit.specs import LayerSpec
+
+
+class Tucker(Decomposition):
+    """Channel-mode Tucker; the rank is (out, in).
+
+    Args:
+        sweeps: Sweeps of HOOI (De Lathauwer et al. 2000b) that refine each rank's bases. 0 is the
+            HOSVD that the paper's text names, whose error at every rank is a table look-up.
+    """
+
+    def __init__(self, sweeps: int = 0) -> None:
+        self.sweeps = sweeps
+
+    def supports(self, layer: LayerSpec) -> str | None:
+        """Convolutions only: of a matrix, Tucker is an SVD with one stage too many."""
+        return "Tucker of a matrix is its SVD: use svd" if layer.kind == "Linear" else None
+
+    def rank(self, layer: LayerSpec, keep: float) -> tuple[int, int]:
+        """Tensorly's proportional Tucker rank with the kernel modes fixed (Tables 2 and 3)."""
+        from tensorly.tucker_tensor import validate_tucker_rank
+
+        fixed = list(range(2, 2 + len(layer.kernel_size)))
+        shape = (layer.out_channels, layer.in_channels, *layer.kernel_size)
+        ranks = validate_tucker_rank(shape, rank=float(keep), fixed_modes=fixed)
+        return tuple(
+            max(1, min(int(r), top)) for r, top in zip(ranks[:2], self.max_rank(layer), strict=True)
+        )  # type: ignore[return-value]
+
+    def max_rank(self, layer: LayerSpec) -> tuple[int, int]:
+        """Each channel mode's size, or less where the rest of the tensor is smaller."""
+        kernel = math.prod(layer.kernel_size)
+        return (
+            min(layer.out_channels, layer.in_channels * kernel),
+            min(layer.in_channels, layer.out_channels * kernel),
+        )
+
+    def stages(self, layer: LayerSpec, rank: Rank) -> Sequence[LayerSpec]:
+        """Fewer channels in, the core, all channels out."""
+        assert isinstance(rank, tuple)
+        r_out, r_in = rank
+        return (
+            layer.pointwise(layer.in_channels, r_in),
+            layer.spatial(r_in, r_out),
+            layer.pointwise(r_out, layer.out_channels),
+        )
+
+    def prepare(self, layer: LayerSpec, weight: Tensor, seed: int = 0) -> PreparedTucker:
+        """One HOSVD, which serves all ranks."""
+        return PreparedTucker(self, layer, weight, seed)
+
+
+class PreparedTucker(Prepared):
+    """The full HOSVD: its core's energy gives the error of every (r_out, r_in) at once."""
+
+    method: Tucker
+
+    def __init__(
+        self, method: Decomposition, layer: LayerSpec, weight: Tensor, seed: int = 0
+    ) -> None:
+        super().__init__(method, layer, weight, seed)
+        self._hosvd = hosvd(self.weight)
+
+    def best_rank(self, parameters: int) -> tuple[int, int]:
+        """The (r_out, r_in) of least HOSVD error, from the table of all of them."""
+        group = self.group
+        squared = self._hosvd.squared[1:, 1:].cpu()
+        r_out = torch.arange(1, squared.shape[0] + 1)[:, None]
+        r_in = torch.arange(1, squared.shape[1] + 1)[None, :]
+        size = (
+            group.in_channels * r_in
+            + math.prod(group.kernel_size) * r_in * r_out
+            + group.out_channels * r_out
+        )
+        best = int(torch.where(size <= parameters, squared, math.inf).argmin())
+        return best // squared.shape[1] + 1, best % squared.shape[1] + 1
+
+    def unit_error(self, rank: Rank) -> float:
+        """From the table: with orthonormal factors, what the truncated core leaves out."""
+        if self.method.sweeps:
+            return super().unit_error(rank)
+        return math.sqrt(float(self._hosvd.squared[rank]))
+
+    def group_factors(self, rank: Rank) -> list[Sequence[Tensor]]:
+        """The leading bases, refined by HOOI where asked, and the core between them."""
+        assert isinstance(rank, tuple)
+        r_out, r_in = rank
+        cube = self.weight.flatten(3)
+        basis_out = self._hosvd.basis_out[..., :r_out]
+        basis_in = self._hosvd.basis_in[..., :r_in]
+        for _ in range(self.method.sweeps):
+            half = torch.einsum("gtck,gcs->gtsk", cube, basis_in)
+            basis_out = leading_basis(half.flatten(2))[..., :r_out]
+            half = torch.einsum("gtck,gtr->gcrk", cube, basis_out)
+            basis_in = leading_basis(half.flatten(2))[..., :r_in]
+        core = project(cube, basis_out, basis_in)
+        return [self._fold(*parts) for parts in zip(basis_in, core, basis_out, strict=True)]
+
+    def _fold(self, basis_in: Tensor, core: Tensor, basis_out: Tensor) -> Sequence[Tensor]:
+        r_out, r_in = core.shape[:2]
+        first, middle, last = self.method.stages(self.group, (r_out, r_in))
+        if middle.transposed:
+            core = core.transpose(0, 1)
+        return (
+            basis_in.T.reshape(first.weight_shape),
+            core.reshape(middle.weight_shape),
+            basis_out.reshape(last.weight_shape),
+        )

@@ -1,0 +1,231 @@
+"""What a plugin may provide: one hook per kind, each returning a list of records.
+
+A plugin is an installed package with an entry point in the group ``tdkit``::
+
+    [project.entry-points.tdkit]
+    my-plugin = "my_plugin"
+
+whose module implements one or more of the hooks below. Hooks take no arguments and import nothing
+heavy: a record carries a ``create`` callable that does the importing when the thing is first used.
+Names match ``[a-z0-9-]+``; a name that two providers claim is an error that names both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor, nn
+
+    from tdkit.datasets.base import Dataset
+    from tdkit.decompositions.base import Decomposition
+    from tdkit.metrics.base import Metric
+    from tdkit.planners.base import Planner
+
+hookspec = pluggy.HookspecMarker("tdkit")
+hookimpl = pluggy.HookimplMarker("tdkit")
+
+
+@dataclass(frozen=True)
+class DecompositionRecord:
+    """A decomposition method.
+
+    Args:
+        name: What users type after ``--methods``.
+        summary: One line for ``tdkit plugins``.
+        create: Returns the :class:`~tdkit.decompositions.base.Decomposition`.
+        default: Whether ``compress`` considers it without being asked.
+    """
+
+    name: str
+    summary: str
+    create: Callable[[], Decomposition]
+    default: bool = True
+
+
+@dataclass(frozen=True)
+class MetricRecord:
+    """An approximation error; see :class:`DecompositionRecord` for the common fields.
+
+    Args:
+        name: What users type after ``--metric``.
+        summary: One line for ``tdkit plugins``.
+        create: Returns the :class:`~tdkit.metrics.base.Metric`.
+    """
+
+    name: str
+    summary: str
+    create: Callable[[], Metric]
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """An architecture that can be named instead of a file.
+
+    Args:
+        name: What users type as MODEL or after ``--arch``.
+        summary: One line for ``tdkit plugins``.
+        create: Returns the randomly initialised model; takes ``in_channels`` and
+            ``num_classes`` as keywords.
+        input_shape: Shape of one input without the batch axis, such as (3, 224, 224).
+        num_classes: Number of classes of the default model.
+        weights: Named sources of trained weights, each a callable that returns a state_dict; the
+            first is the default.
+        allowed_classes: ``package.module:Class`` names that may stand in a file of this model.
+    """
+
+    name: str
+    summary: str
+    create: Callable[..., nn.Module]
+    input_shape: tuple[int, ...]
+    num_classes: int
+    weights: Mapping[str, Callable[[], Mapping[str, Tensor]]] = field(default_factory=dict)
+    allowed_classes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class DatasetRecord:
+    """A data set that can be named after ``--data``.
+
+    Args:
+        name: What users type; with ``takes_path`` it is ``NAME:PATH``.
+        summary: One line for ``tdkit plugins``.
+        create: Called with ``root`` (the folder of ``--data-root`` or None), ``path`` (what
+            follows the colon, or None), ``image_size`` (height and width the model wants, or
+            None) and ``seed`` (of the validation split) as keywords; returns the
+            :class:`~tdkit.datasets.base.Dataset`.
+        takes_path: Whether the name is followed by ``:PATH``.
+    """
+
+    name: str
+    summary: str
+    create: Callable[..., Dataset]
+    takes_path: bool = False
+
+
+@dataclass(frozen=True)
+class PlannerRecord:
+    """A way to choose among candidates.
+
+    Args:
+        name: What users type after ``--planner``.
+        summary: One line for ``tdkit plugins``.
+        create: Returns the :class:`~tdkit.planners.base.Planner`.
+    """
+
+    name: str
+    summary: str
+    create: Callable[[], Planner]
+
+
+Record = DecompositionRecord | MetricRecord | ModelRecord | DatasetRecord | PlannerRecord
+
+
+@hookspec
+def tdkit_decompositions() -> list[DecompositionRecord]:
+    """Provide decomposition methods.
+
+    Example::
+
+        from tdkit.hookspecs import DecompositionRecord, hookimpl
+
+        def create():
+            from my_plugin.method import MyMethod
+            return MyMethod()
+
+        @hookimpl
+        def tdkit_decompositions():
+            return [DecompositionRecord("my-method", "what it does", create)]
+    """
+    raise AssertionError("a specification is not called")
+
+
+@hookspec
+def tdkit_metrics() -> list[MetricRecord]:
+    """Provide approximation errors.
+
+    Example::
+
+        from tdkit.hookspecs import MetricRecord, hookimpl
+
+        def create():
+            from tdkit.metrics.base import Metric
+            return Metric("squared-weights", "weights", lambda error, norm, size: error**2)
+
+        @hookimpl
+        def tdkit_metrics():
+            return [MetricRecord("squared-weights", "squared Frobenius norm", create)]
+    """
+    raise AssertionError("a specification is not called")
+
+
+@hookspec
+def tdkit_models() -> list[ModelRecord]:
+    """Provide architectures.
+
+    Example::
+
+        from tdkit.hookspecs import ModelRecord, hookimpl
+
+        def create(in_channels=1, num_classes=10):
+            from torch import nn
+            return nn.Sequential(nn.Flatten(), nn.Linear(in_channels * 784, num_classes))
+
+        @hookimpl
+        def tdkit_models():
+            return [ModelRecord("one-layer", "a linear classifier", create, (1, 28, 28), 10)]
+    """
+    raise AssertionError("a specification is not called")
+
+
+@hookspec
+def tdkit_datasets() -> list[DatasetRecord]:
+    """Provide data sets.
+
+    Example::
+
+        from tdkit.hookspecs import DatasetRecord, hookimpl
+
+        def create(root=None, path=None, image_size=None, seed=0):
+            from my_plugin.data import load
+            return load(root)
+
+        @hookimpl
+        def tdkit_datasets():
+            return [DatasetRecord("my-data", "my images", create)]
+    """
+    raise AssertionError("a specification is not called")
+
+
+@hookspec
+def tdkit_planners() -> list[PlannerRecord]:
+    """Provide planners.
+
+    Example::
+
+        from tdkit.hookspecs import PlannerRecord, hookimpl
+
+        def create():
+            from my_plugin.planner import plan
+            return plan
+
+        @hookimpl
+        def tdkit_planners():
+            return [PlannerRecord("my-planner", "how it chooses", create)]
+    """
+    raise AssertionError("a specification is not called")
+
+
+HOOKS: dict[str, Any] = {
+    "tdkit_decompositions": DecompositionRecord,
+    "tdkit_metrics": MetricRecord,
+    "tdkit_models": ModelRecord,
+    "tdkit_datasets": DatasetRecord,
+    "tdkit_planners": PlannerRecord,
+}

@@ -1,0 +1,305 @@
+"""Find a model's compressible layers, and why the others are not; replace one."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
+
+from tdkit.costs import Call, macs
+from tdkit.errors import UnsupportedError, UsageError
+from tdkit.specs import KINDS, LayerSpec, spec_of
+
+_OWNERS_THAT_READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolutional or linear layer of a model.
+
+    Attributes:
+        name: Its dotted path.
+        aliases: The other paths under which the same module is registered.
+        kind: The name of its class.
+        spec: Its hyperparameters; None where the class is not one tdkit knows.
+        parameters: Its own parameters, bias included.
+        calls: How one sample passes through it; None when the model was not run.
+        reason: Why it is kept dense; None when it can be decomposed.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    kind: str
+    spec: LayerSpec | None
+    parameters: int
+    calls: tuple[Call, ...] | None = None
+    reason: str | None = None
+
+    @property
+    def macs(self) -> int | None:
+        """Multiply-accumulates per sample; None when the model was not run."""
+        if self.calls is None or self.spec is None:
+            return None
+        return macs([self.spec], self.calls)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The plain module inside DataParallel, DistributedDataParallel or torch.compile.
+
+    Raises:
+        UnsupportedError: If the model is a TorchScript module.
+    """
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        if isinstance(model, torch.jit.ScriptModule):
+            raise UnsupportedError(
+                "the model is a TorchScript module, whose layers cannot be replaced",
+                "compress the Python model it was made from",
+            )
+        if isinstance(model, wrappers):
+            model = model.module
+        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def find_layers(
+    model: nn.Module,
+    *,
+    inputs: Sequence[Any] | None = None,
+    patterns: Sequence[str] = (),
+    keep_ends: bool = True,
+) -> list[Layer]:
+    """Every convolutional and linear layer in order, with the reason where one is kept dense.
+
+    Args:
+        model: Any module.
+        inputs: Arguments of one forward pass over a single sample; without them MACs stay unknown
+            and the order is that of registration.
+        patterns: Shell patterns; layers that match none are kept dense.
+        keep_ends: Keep the first and the last layer dense, as the paper does.
+
+    Raises:
+        UsageError: If a pattern matches no layer.
+        UnsupportedError: If the model has no parameters, or does not run on the inputs.
+    """
+    if next(model.parameters(), None) is None and next(model.buffers(), None) is None:
+        raise UnsupportedError("the model has no parameters: there is nothing to compress")
+    names = _names(model)
+    calls = trace(model, list(names), inputs) if inputs is not None else None
+    users = _parameter_users(model)
+    layers = [
+        Layer(
+            name=paths[0],
+            aliases=tuple(paths[1:]),
+            kind=type(module).__name__,
+            spec=spec_of(module) if isinstance(module, tuple(KINDS.values())) else None,
+            parameters=_own_parameters(module),
+            calls=tuple(calls.get(module, ())) if calls is not None else None,
+            reason=_reason(model, module, paths, users),
+        )
+        for module, paths in names.items()
+    ]
+    if calls is not None:
+        order = {paths: rank for rank, module in enumerate(calls) for paths in [names[module][0]]}
+        layers.sort(key=lambda layer: order.get(layer.name, len(order)))
+    layers = _select(layers, patterns)
+    return _keep_ends(layers) if keep_ends else layers
+
+
+def replace_layer(model: nn.Module, layer: Layer, module: nn.Module) -> None:
+    """Put a module where the layer is, under every name it has. Changes the model in place."""
+    for path in (layer.name, *layer.aliases):
+        owner, _, attribute = path.rpartition(".")
+        model.get_submodule(owner)._modules[attribute] = module
+
+
+@contextmanager
+def mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Run a block in train or eval mode, then restore every module's own mode."""
+    before = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, value in before.items():
+            module.training = value
+
+
+def trace(
+    model: nn.Module, modules: Sequence[nn.Module], inputs: Sequence[Any]
+) -> dict[nn.Module, list[Call]]:
+    """How one eval-mode forward pass calls some modules, in order of the first call.
+
+    Raises:
+        UnsupportedError: If the model does not run on the inputs.
+    """
+    seen: dict[nn.Module, list[Call]] = {}
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        value = args[0] if args else next(iter(kwargs.values()))
+        seen.setdefault(module, []).append(_call(module, value))
+
+    handles = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in modules]
+    try:
+        with mode(model, training=False), torch.no_grad():
+            model(*inputs)
+    except Exception as error:
+        shapes = ", ".join(str(tuple(i.shape)) for i in inputs if isinstance(i, Tensor))
+        raise UnsupportedError(
+            f"the model does not run on an input of shape {shapes}: {_first_line(error)}",
+            "give the shape of one sample with --input-shape, such as 3,224,224",
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def unknown_name(wanted: str, known: Sequence[str], what: str) -> UsageError:
+    """The error for a name that is not there, with the close ones."""
+    close = difflib.get_close_matches(wanted, known, n=3, cutoff=0.4) or list(known)[:8]
+    return UsageError(f"no {what} named {wanted!r}", f"close names: {', '.join(close)}")
+
+
+def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name and _is_weight_layer(module):
+            names.setdefault(module, []).append(name)
+    if not names and _is_weight_layer(model):
+        raise UnsupportedError(
+            f"the model is itself a single {type(model).__name__}",
+            "wrap it: torch.nn.Sequential(layer)",
+        )
+    return names
+
+
+def _is_weight_layer(module: nn.Module) -> bool:
+    return isinstance(module, tuple(KINDS.values())) or (
+        ".quantized" in type(module).__module__ and hasattr(module, "weight")
+    )
+
+
+def _own_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if not isinstance(p, UninitializedParameter))
+
+
+def _parameter_users(model: nn.Module) -> Counter[int]:
+    return Counter(
+        id(parameter)
+        for module in model.modules()
+        for parameter in module._parameters.values()
+        if parameter is not None
+    )
+
+
+def _reason(
+    model: nn.Module, module: nn.Module, paths: Sequence[str], users: Mapping[int, int]
+) -> str | None:
+    return (
+        _reason_of_class(module)
+        or _reason_of_owner(model, paths)
+        or _reason_of_weight(module, users)
+        or _reason_of_geometry(spec_of(module))
+    )
+
+
+def _reason_of_class(module: nn.Module) -> str | None:
+    if type(module) not in KINDS.values() and not isinstance(
+        module, nn.modules.lazy.LazyModuleMixin
+    ):
+        if parametrize.is_parametrized(module):
+            return "its weight is computed by a parametrization: remove that first"
+        return f"a {type(module).__name__} is more than the layer it derives from"
+    if any(getattr(module, hooks) for hooks in _HOOKS):
+        return "it has hooks, which a replacement would lose"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    return None
+
+
+def _reason_of_owner(model: nn.Module, paths: Sequence[str]) -> str | None:
+    for path in paths:
+        owner = model.get_submodule(path.rpartition(".")[0])
+        if isinstance(owner, _OWNERS_THAT_READ_WEIGHTS):
+            return f"the {type(owner).__name__} around it reads its weight directly"
+        if type(owner) is nn.Sequential and is_factorization(owner):
+            return "part of a layer that is already factorized"
+    return None
+
+
+def is_factorization(module: nn.Sequential) -> bool:
+    """Whether a Sequential is nothing but linear maps in a row, as a factorized layer is."""
+    return len(module) > 1 and all(type(stage) in KINDS.values() for stage in module)
+
+
+def _reason_of_weight(module: nn.Module, users: Mapping[int, int]) -> str | None:
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed from other parameters (weight_norm?): remove that first"
+    if isinstance(weight, UninitializedParameter):
+        return "lazy: run one batch through the model first"
+    checks = (
+        (weight.is_meta, "on the meta device: it has no data"),
+        (weight.layout != torch.strided, "its weight is sparse"),
+        (weight.is_complex(), "its weight is complex"),
+        (not weight.is_floating_point(), f"its weight is {weight.dtype}, not floating point"),
+        (weight.numel() == 0, "its weight is empty"),
+        (users[id(weight)] > 1, "its weight is tied to another layer's"),
+    )
+    found = next((reason for failed, reason in checks if failed), None)
+    if found is None and not bool(torch.isfinite(weight).all()):
+        found = "its weight has NaN or infinite entries"
+    return found
+
+
+def _reason_of_geometry(spec: LayerSpec) -> str | None:
+    if spec.groups > 1 and spec.groups == spec.in_channels:
+        return "depthwise: one input channel per group leaves nothing to factorize"
+    return None
+
+
+def _select(layers: list[Layer], patterns: Sequence[str]) -> list[Layer]:
+    names = [layer.name for layer in layers]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise unknown_name(pattern, names, "layer")
+    if not patterns:
+        return layers
+    return [
+        layer
+        if any(fnmatchcase(layer.name, pattern) for pattern in patterns)
+        else replace(layer, reason=layer.reason or "not selected")
+        for layer in layers
+    ]
+
+
+def _keep_ends(layers: list[Layer]) -> list[Layer]:
+    ends = {0: "the first layer is kept dense", len(layers) - 1: "the last layer is kept dense"}
+    return [
+        replace(layer, reason=layer.reason or ends[i]) if i in ends else layer
+        for i, layer in enumerate(layers)
+    ]
+
+
+def _call(module: nn.Module, value: Tensor) -> Call:
+    axes = len(getattr(module, "kernel_size", ()))
+    if axes == 0:
+        return Call(1, (value[..., 0].numel(),))
+    return Call(value.shape[0] if value.ndim > axes + 1 else 1, tuple(value.shape[-axes:]))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]

@@ -1,0 +1,185 @@
+"""A plan: which layers become what. A JSON file that a person can read, edit and apply again."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from tdkit.candidates import Candidate, to_json
+from tdkit.errors import UnreadableFileError, UsageError
+from tdkit.planners.base import Option, Planner, UnreachableError
+
+Cost = Literal["params", "macs"]
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Move:
+    """One layer's replacement. To write one by hand, these three are enough.
+
+    Attributes:
+        layer: The layer's name.
+        method: The method's name.
+        rank: An int or a tuple of ints, as the method has it.
+    """
+
+    layer: str
+    method: str
+    rank: int | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to replace, and how it was chosen.
+
+    Attributes:
+        moves: The replacements.
+        seed: Seeds the random starts of methods that have any.
+        budget: The fraction of the model's cost that was asked for; None when written by hand.
+        cost: The cost that the budget counts.
+        metric: The error that guided the choice.
+        planner: The planner that chose.
+        candidates: The scored candidates behind the moves, in the same order, where known.
+    """
+
+    moves: tuple[Move, ...]
+    seed: int = 0
+    budget: float | None = None
+    cost: Cost = "params"
+    metric: str | None = None
+    planner: str | None = None
+    candidates: tuple[Candidate, ...] = field(default=(), compare=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON values."""
+        detailed = [to_json(candidate) for candidate in self.candidates]
+        plain = [
+            {"layer": m.layer, "method": m.method, "rank": _listed(m.rank)} for m in self.moves
+        ]
+        return {
+            "tdkit_plan": FORMAT,
+            "budget": self.budget,
+            "cost": self.cost,
+            "metric": self.metric,
+            "planner": self.planner,
+            "seed": self.seed,
+            "moves": detailed or plain,
+        }
+
+    @classmethod
+    def from_json(cls, value: Any, source: str = "the plan") -> Plan:
+        """Read what :meth:`to_json` wrote, or a person edited.
+
+        Raises:
+            UsageError: If a key is missing, or a value is of the wrong type.
+        """
+        if not isinstance(value, Mapping) or value.get("tdkit_plan") != FORMAT:
+            raise UsageError(f'{source} is not a tdkit plan: it has no "tdkit_plan": {FORMAT}')
+        entries = value.get("moves")
+        if not isinstance(entries, Sequence) or isinstance(entries, str):
+            raise UsageError(f'{source} has no list of "moves"')
+        seed = value.get("seed", 0)
+        if not isinstance(seed, int):
+            raise UsageError(f'{source}: "seed" is not a whole number: {seed!r}')
+        moves = tuple(_move(entry, f"{source}, move {i + 1}") for i, entry in enumerate(entries))
+        return cls(
+            moves=moves,
+            seed=seed,
+            budget=value.get("budget"),
+            cost=value.get("cost", "params"),
+            metric=value.get("metric"),
+            planner=value.get("planner"),
+        )
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a plan file.
+
+    Raises:
+        UnreadableFileError: If it is missing or not JSON.
+        UsageError: If it is not a plan.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UnreadableFileError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UnreadableFileError(
+            f"{path} is not a JSON file: {error}", "make one with: tdkit compress MODEL --dry-run"
+        ) from error
+    return Plan.from_json(value, str(path))
+
+
+def choose(
+    candidates: Sequence[Candidate],
+    planner: Planner,
+    *,
+    total: int,
+    budget: float,
+    cost: Cost,
+    metric: str,
+) -> list[Candidate]:
+    """Let a planner choose so that the model's cost falls to the budget.
+
+    Args:
+        candidates: The scored grid.
+        planner: Sees savings and squared errors only.
+        total: The whole model's cost.
+        budget: The fraction of it that may remain.
+        cost: Which cost.
+        metric: Which error, squared, is the penalty.
+
+    Raises:
+        UsageError: If the budget is out of reach; the message names the smallest reachable one.
+    """
+    allowed = math.floor(budget * total + 1e-9)
+    options = [
+        Option(c.layer, saving, c.errors[metric] ** 2, index)
+        for index, c in enumerate(candidates)
+        if (saving := _saving(c, cost)) > 0
+    ]
+    try:
+        chosen = planner(options, total - allowed)
+    except UnreachableError as error:
+        smallest = math.ceil((total - error.most) / total * 1e4) / 1e4
+        raise UsageError(
+            f"a budget of {budget:g} is out of reach: the smallest reachable is {smallest:g}",
+            "score lower keeps, more --methods, or let the first and last layer in with"
+            " --include-ends",
+        ) from error
+    return [candidates[option.index] for option in chosen]
+
+
+def _saving(candidate: Candidate, cost: Cost) -> int:
+    if cost == "params":
+        return candidate.params_before - candidate.params_after
+    if candidate.macs_before is None or candidate.macs_after is None:
+        raise UsageError(
+            "MACs are unknown without the shape of the input",
+            "give it with --input-shape, such as 3,224,224",
+        )
+    return candidate.macs_before - candidate.macs_after
+
+
+def _move(entry: Any, source: str) -> Move:
+    if not isinstance(entry, Mapping):
+        raise UsageError(f"{source} is not an object with layer, method and rank")
+    missing = [key for key in ("layer", "method", "rank") if key not in entry]
+    if missing:
+        raise UsageError(f"{source} has no {', '.join(missing)}")
+    rank = entry["rank"]
+    numbers = rank if isinstance(rank, list) else [rank]
+    if not numbers or any(type(number) is not int for number in numbers):
+        raise UsageError(f"{source}: rank {rank!r} is not a whole number or a list of them")
+    return Move(
+        str(entry["layer"]), str(entry["method"]), tuple(rank) if isinstance(rank, list) else rank
+    )
+
+
+def _listed(rank: int | tuple[int, ...]) -> int | list[int]:
+    return list(rank) if isinstance(rank, tuple) else rank

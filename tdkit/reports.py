@@ -1,0 +1,119 @@
+"""What a compression achieved, measured on the whole model."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from tdkit.compression import Compression, compressed_macs, total_cost
+from tdkit.costs import model_parameters
+from tdkit.datasets.base import Split
+from tdkit.latency import Latency, measure_latency
+from tdkit.training import evaluate
+
+
+@dataclass(frozen=True)
+class Report:
+    """Totals before and after; None where something could not be measured.
+
+    Attributes:
+        params: Parameters of the whole model.
+        macs: Multiply-accumulates of its convolutional and linear layers, per sample.
+        bytes: Size of the state_dict as a file.
+        latency: Medians of forward passes.
+        accuracy: On the test split.
+        images: How many images that split has.
+    """
+
+    params: tuple[int, int]
+    macs: tuple[int, int] | None
+    bytes: tuple[int, int]
+    latency: Latency | None
+    accuracy: tuple[float, float] | None
+    images: int | None
+
+
+def measure(
+    dense: nn.Module,
+    compression: Compression,
+    *,
+    inputs: Sequence[Any] | None,
+    test: Split | None = None,
+) -> Report:
+    """Measure the dense and the compressed model side by side.
+
+    Args:
+        dense: The original.
+        compression: Its compression.
+        inputs: Arguments of a forward pass, for MACs and latency.
+        test: Labelled images, for accuracy.
+    """
+    small = compression.model
+    after = compressed_macs(compression)
+    accuracy = None
+    if test is not None and test.labels is not None:
+        device = next(dense.parameters()).device
+        both = [evaluate(model, test, device=device).accuracy for model in (dense, small)]
+        accuracy = (both[0], both[1])
+    return Report(
+        params=(model_parameters(dense), model_parameters(small)),
+        macs=None if after is None else (total_cost(dense, compression.layers, "macs"), after),
+        bytes=(_state_bytes(dense), _state_bytes(small)),
+        latency=None if inputs is None else measure_latency((dense, small), inputs),
+        accuracy=accuracy,
+        images=None if accuracy is None or test is None else len(test),
+    )
+
+
+def summary(
+    report: Report,
+    compression: Compression,
+    *,
+    seconds: float,
+    output: str | None,
+    plan: str | None,
+) -> dict[str, Any]:
+    """The one JSON object that ``tdkit compress --json`` prints."""
+    latency = report.latency
+    moves = compression.plan.to_json()["moves"]
+    return {
+        "budget": compression.plan.budget,
+        "cost": compression.plan.cost,
+        "metric": compression.plan.metric,
+        "planner": compression.plan.planner,
+        "seed": compression.plan.seed,
+        **_pair("params", report.params),
+        **_pair("macs", report.macs),
+        **_pair("bytes", report.bytes),
+        **_pair("accuracy", report.accuracy),
+        "accuracy_images": report.images,
+        "latency_before_ms": None if latency is None else latency.milliseconds[0],
+        "latency_after_ms": None if latency is None else latency.milliseconds[1],
+        "latency": None if latency is None else _conditions(latency),
+        "verified": compression.verified,
+        "put_back": dict(compression.put_back),
+        "seconds": round(seconds, 3),
+        "output": output,
+        "plan": plan,
+        "moves": moves,
+    }
+
+
+def _pair(name: str, values: tuple[float, float] | None) -> Mapping[str, float | None]:
+    before, after = values if values is not None else (None, None)
+    return {f"{name}_before": before, f"{name}_after": after}
+
+
+def _conditions(latency: Latency) -> dict[str, Any]:
+    return {k: getattr(latency, k) for k in ("batch", "runs", "threads", "device")}
+
+
+def _state_bytes(model: nn.Module) -> int:
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    return buffer.getbuffer().nbytes

@@ -1,0 +1,227 @@
+"""A convolutional or linear layer as a plain record, and the torch module it describes.
+
+The same record describes a layer of the model and each stage of its factorization, so counting,
+building and comparing are written once. No weights here: records are safe to keep, compare and
+store as JSON.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from tdkit.errors import UsageError
+
+CONVOLUTIONS: Mapping[str, type[nn.Module]] = {
+    "Conv1d": nn.Conv1d,
+    "Conv2d": nn.Conv2d,
+    "Conv3d": nn.Conv3d,
+}
+TRANSPOSED: Mapping[str, type[nn.Module]] = {
+    "ConvTranspose1d": nn.ConvTranspose1d,
+    "ConvTranspose2d": nn.ConvTranspose2d,
+    "ConvTranspose3d": nn.ConvTranspose3d,
+}
+KINDS: Mapping[str, type[nn.Module]] = {**CONVOLUTIONS, **TRANSPOSED, "Linear": nn.Linear}
+
+_TUPLES = ("kernel_size", "stride", "padding", "dilation", "output_padding")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """The hyperparameters of one Conv, ConvTranspose or Linear layer.
+
+    Args:
+        kind: The name of the torch class, a key of :data:`KINDS`.
+        in_channels: Input channels (Linear: input features).
+        out_channels: Output channels (Linear: output features).
+        kernel_size: One entry per spatial axis; empty for Linear, like the next four.
+        stride: Stride per axis.
+        padding: Padding per axis, or ``"same"`` / ``"valid"``.
+        dilation: Dilation per axis.
+        output_padding: Output padding per axis (transposed convolutions only).
+        groups: Number of groups.
+        padding_mode: ``zeros``, ``reflect``, ``replicate`` or ``circular``.
+        bias: Whether the layer has a bias.
+    """
+
+    kind: str
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] | str = ()
+    dilation: tuple[int, ...] = ()
+    output_padding: tuple[int, ...] = ()
+    groups: int = 1
+    padding_mode: str = "zeros"
+    bias: bool = False
+
+    @property
+    def transposed(self) -> bool:
+        """Whether this is a transposed convolution, whose weight is (in, out / groups, ...)."""
+        return self.kind in TRANSPOSED
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of torch's weight tensor for this layer."""
+        if self.transposed:
+            return (self.in_channels, self.out_channels // self.groups, *self.kernel_size)
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+    @property
+    def weight_parameters(self) -> int:
+        """The number of elements of the weight, without the bias."""
+        return math.prod(self.weight_shape)
+
+    @property
+    def parameters(self) -> int:
+        """The number of parameters, bias included."""
+        return self.weight_parameters + (self.out_channels if self.bias else 0)
+
+    def per_group(self) -> LayerSpec:
+        """The layer that each group is on its own, without bias."""
+        return replace(
+            self,
+            in_channels=self.in_channels // self.groups,
+            out_channels=self.out_channels // self.groups,
+            groups=1,
+            bias=False,
+        )
+
+    def repeated(self, groups: int) -> LayerSpec:
+        """This layer side by side ``groups`` times, as one grouped layer."""
+        if groups == 1:
+            return self
+        return replace(
+            self,
+            in_channels=self.in_channels * groups,
+            out_channels=self.out_channels * groups,
+            groups=self.groups * groups,
+        )
+
+    def with_bias(self, bias: bool) -> LayerSpec:
+        """The same layer with or without a bias."""
+        return replace(self, bias=bias)
+
+    def pointwise(self, in_channels: int, out_channels: int) -> LayerSpec:
+        """A 1x1 convolution (Linear: a Linear) that mixes channels beside this layer."""
+        axes = len(self.kernel_size)
+        return LayerSpec(
+            kind=self.kind.replace("ConvTranspose", "Conv"),
+            in_channels=in_channels,
+            out_channels=out_channels,
+            kernel_size=(1,) * axes,
+            stride=(1,) * axes,
+            padding=(0,) * axes,
+            dilation=(1,) * axes,
+        )
+
+    def spatial(
+        self,
+        in_channels: int,
+        out_channels: int,
+        axes: Sequence[int] | None = None,
+        groups: int = 1,
+    ) -> LayerSpec:
+        """This layer between other channel counts, restricted to some of its spatial axes.
+
+        Args:
+            in_channels: Input channels.
+            out_channels: Output channels.
+            axes: Spatial axes that keep this layer's kernel, stride, padding and dilation; the
+                other axes get a kernel of 1 that moves nothing. None keeps all of them.
+            groups: Groups of the result.
+        """
+        result = replace(
+            self, in_channels=in_channels, out_channels=out_channels, groups=groups, bias=False
+        )
+        if axes is None:
+            return result
+        return replace(
+            result,
+            kernel_size=_on_axes(self.kernel_size, axes, 1),
+            stride=_on_axes(self.stride, axes, 1),
+            padding=(
+                self.padding if isinstance(self.padding, str) else _on_axes(self.padding, axes, 0)
+            ),
+            dilation=_on_axes(self.dilation, axes, 1),
+            output_padding=_on_axes(self.output_padding, axes, 0),
+        )
+
+    def build(self, dtype: torch.dtype | None = None, device: Any = None) -> nn.Module:
+        """An ordinary torch module with these hyperparameters and uninitialised weights."""
+        options: dict[str, Any] = {"bias": self.bias, "dtype": dtype, "device": device or "cpu"}
+        cls: Any = KINDS[self.kind]
+        if self.kind == "Linear":
+            return self._empty(cls, options)
+        options |= {
+            "kernel_size": self.kernel_size,
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "groups": self.groups,
+            "padding_mode": self.padding_mode,
+        }
+        if self.transposed:
+            options["output_padding"] = self.output_padding
+        return self._empty(cls, options)
+
+    def _empty(self, cls: Any, options: dict[str, Any]) -> nn.Module:
+        module: nn.Module = torch.nn.utils.skip_init(
+            cls, self.in_channels, self.out_channels, **options
+        )
+        return module
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary of JSON values, read back by :meth:`from_json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> LayerSpec:
+        """Read a record that :meth:`to_json` wrote.
+
+        Raises:
+            UsageError: If the value does not describe a layer.
+        """
+        try:
+            fields: dict[str, Any] = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in value.items()
+            }
+            spec = cls(**fields)
+        except TypeError as error:
+            raise UsageError(f"not a layer description: {value!r}") from error
+        if spec.kind not in KINDS:
+            raise UsageError(f"unknown kind of layer {spec.kind!r}")
+        return spec
+
+
+def spec_of(module: nn.Module) -> LayerSpec:
+    """Describe a Conv1d/2d/3d, ConvTranspose1d/2d/3d or Linear module.
+
+    Raises:
+        KeyError: If the module is of another class.
+    """
+    kind = next(kind for kind, cls in KINDS.items() if isinstance(module, cls))
+    bias = module._parameters.get("bias") is not None
+    fields: Any = module
+    if kind == "Linear":
+        return LayerSpec(kind, fields.in_features, fields.out_features, bias=bias)
+    return LayerSpec(
+        kind=kind,
+        in_channels=fields.in_channels,
+        out_channels=fields.out_channels,
+        groups=fields.groups,
+        padding_mode=fields.padding_mode,
+        bias=bias,
+        **{name: getattr(fields, name) for name in _TUPLES},
+    )
+
+
+def _on_axes(values: tuple[int, ...], axes: Sequence[int], default: int) -> tuple[int, ...]:
+    return tuple(value if axis in axes else default for axis, value in enumerate(values))

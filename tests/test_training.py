@@ -1,0 +1,445 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import typer
+from PIL import Image
+from torch import nn
+from typer.testing import CliRunner
+
+from tdkit.datasets.base import Dataset, TensorSplit
+from tdkit.errors import StorageError, TdkitError, UnreadableFileError, UsageError
+from tdkit.hookspecs import ModelRecord
+from tdkit.recipes import FitRecipe, OptimizerRecipe, ScheduleRecipe
+from tdkit.training import (
+    Epoch,
+    evaluate,
+    initial_model,
+    learning_rate_share,
+    steps_per_epoch,
+    train,
+)
+
+SGD = OptimizerRecipe("sgd", 0.1, momentum=0.9, nesterov=True)
+RECIPE = FitRecipe(epochs=3, batch_size=16, optimizer=SGD)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def toy_split(count: int, seed: int = 0) -> TensorSplit:
+    """Noise that is brighter in class 1."""
+    labels = torch.arange(count) % 2
+    noise = torch.randint(0, 120, (count, 1, 8, 8), generator=seeded(seed))
+    images = (noise + 60 * labels.view(-1, 1, 1, 1)).byte()
+    return TensorSplit(images, labels, (0.35,), (0.2,))
+
+
+def toy_data(train_count: int = 64) -> Dataset:
+    splits = {"train": toy_split(train_count, 1), "validation": toy_split(40, 2)}
+    return Dataset("toy", ("dark", "bright"), (1, 8, 8), (0.35,), (0.2,), "", **splits)
+
+
+def toy_model(seed: int = 0, dropout: float = 0.0) -> nn.Sequential:
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(1, 6, 3, padding=1, bias=False),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Dropout(dropout),
+            nn.Linear(6, 2),
+        )
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+class Constant(nn.Module):
+    """Always answers with the same logits."""
+
+    def __init__(self, *logits: float) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor(logits))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.logits.expand(len(images), -1)
+
+
+def test_evaluation_of_a_constant_answer_is_known_in_closed_form():
+    split = TensorSplit(torch.zeros(5, 1, 2, 2), torch.tensor([1, 0, 1, 1, 0]), (0.0,), (1.0,))
+    measured = evaluate(Constant(0.0, math.log(3.0)), split, batch_size=2)
+    assert measured.accuracy == pytest.approx(3 / 5)
+    assert measured.correct.tolist() == [True, False, True, True, False]
+    assert measured.correct.dtype == torch.bool
+    assert measured.loss == pytest.approx(-(3 * math.log(3 / 4) + 2 * math.log(1 / 4)) / 5)
+
+
+def test_evaluation_does_not_depend_on_the_batch_size_and_restores_modes():
+    model = toy_model(dropout=0.5)
+    model[1].eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    split = toy_split(30)
+    one, other = (evaluate(model, split, batch_size=size) for size in (30, 7))
+    assert torch.equal(one.correct, other.correct)
+    assert one.loss == pytest.approx(other.loss)
+    assert [module.training for module in model] == [True, False, *[True] * 5]
+    assert equal(before, model.state_dict())
+
+
+def test_evaluation_follows_the_models_dtype():
+    assert evaluate(toy_model().double(), toy_split(6)).accuracy in {k / 6 for k in range(7)}
+
+
+def test_evaluation_takes_a_limit():
+    assert len(evaluate(toy_model(), toy_split(30), limit=7).correct) == 7
+
+
+def test_evaluation_needs_labels():
+    split = replace(toy_split(4), labels=None)
+    with pytest.raises(UsageError, match="accuracy needs labels"):
+        evaluate(toy_model(), split)
+
+
+def test_evaluation_needs_images():
+    with pytest.raises(UsageError, match="the split is empty"):
+        evaluate(toy_model(), toy_split(0))
+
+
+@pytest.mark.parametrize(("steps", "epochs", "warmup"), [(7, 5, 0.3), (430, 8, 0.25), (3, 2, 0.5)])
+def test_one_cycle_equals_torchs_scheduler(steps, epochs, warmup):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    reference = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 1.0, total_steps=steps * epochs, pct_start=warmup, cycle_momentum=False
+    )
+    schedule = ScheduleRecipe("one-cycle", warmup=warmup)
+    for step in range(steps * epochs):
+        share = learning_rate_share(schedule, step, steps, epochs)
+        assert share == pytest.approx(reference.get_last_lr()[0], rel=1e-6, abs=1e-12)
+        optimizer.step()
+        if step < steps * epochs - 1:
+            reference.step()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_one_cycle_is_defined_for_very_short_trainings(steps):
+    schedule = ScheduleRecipe("one-cycle", warmup=0.5)
+    shares = [learning_rate_share(schedule, step, steps, 1) for step in range(steps)]
+    assert all(0 < share <= 1 for share in shares)
+
+
+def test_multistep_equals_torchs_scheduler():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    reference = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 3], gamma=0.1)
+    schedule = ScheduleRecipe("multistep", milestones=(2, 3))
+    for epoch in range(6):
+        for step in (10 * epoch, 10 * epoch + 9):
+            share = learning_rate_share(schedule, step, 10, 6)
+            assert share == pytest.approx(reference.get_last_lr()[0])
+        optimizer.step()
+        reference.step()
+
+
+@pytest.mark.parametrize(
+    ("images", "batch_size", "steps"), [(64, 16, 4), (65, 16, 4), (66, 16, 5), (2, 16, 1)]
+)
+def test_a_last_batch_of_one_is_dropped(images, batch_size, steps):
+    assert steps_per_epoch(images, batch_size) == steps
+
+
+@pytest.mark.parametrize("count", [33, 34])
+def test_training_with_batch_norm_survives_a_last_batch_of_one(count):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    assert train(model, toy_data(count), RECIPE, generator=seeded()).history
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "schedule"),
+    [
+        (SGD, ScheduleRecipe("one-cycle")),
+        (OptimizerRecipe("adam", 0.02), ScheduleRecipe("multistep", milestones=(4,))),
+        (OptimizerRecipe("adamw", 0.02, weight_decay=0.01), ScheduleRecipe()),
+    ],
+    ids=lambda recipe: recipe.name,
+)
+def test_training_learns(optimizer, schedule):
+    recipe = replace(RECIPE, epochs=6, optimizer=optimizer, schedule=schedule)
+    model, data = toy_model(), toy_data(128)
+    before = evaluate(model, data.validation)
+    result = train(model, data, recipe, generator=seeded())
+    after = evaluate(model, data.validation)
+    assert after.loss < before.loss / 2
+    assert after.accuracy > 0.95
+    assert [epoch.number for epoch in result.history] == [1, 2, 3, 4, 5, 6]
+    assert result.history[-1].loss < result.history[0].loss
+
+
+def test_the_step_is_that_of_a_loop_written_out():
+    """Weight decay, label smoothing, momentum and the rate of every step reach the optimizer."""
+    recipe = FitRecipe(
+        epochs=1,
+        batch_size=20,
+        optimizer=OptimizerRecipe("sgd", 0.3, momentum=0.8, weight_decay=0.01),
+        schedule=ScheduleRecipe("one-cycle"),
+        label_smoothing=0.2,
+    )
+    data, expected = toy_data(60), toy_model().train()
+    optimizer = torch.optim.SGD(expected.parameters(), lr=0.3, momentum=0.8, weight_decay=0.01)
+    generator = seeded(3)
+    torch.randint(2**63 - 1, (), generator=generator)
+    for step, (images, labels) in enumerate(
+        data.train.batches(20, generator=generator, augment=True)
+    ):
+        optimizer.param_groups[0]["lr"] = 0.3 * learning_rate_share(recipe.schedule, step, 3, 1)
+        loss = nn.functional.cross_entropy(expected(images), labels, label_smoothing=0.2)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model = toy_model()
+    train(model, data, recipe, generator=seeded(3))
+    for name, tensor in expected.state_dict().items():
+        assert torch.allclose(model.state_dict()[name], tensor, atol=1e-6), name
+
+
+def test_the_best_epoch_is_kept_not_the_last():
+    """The rate explodes after two epochs, so that later ones are worse."""
+    schedule = ScheduleRecipe("multistep", milestones=(9,))
+    recipe = replace(RECIPE, epochs=6, optimizer=OptimizerRecipe("sgd", 3.0), schedule=schedule)
+    model, data = toy_model(), toy_data()
+    states = []
+    result = train(
+        model, data, recipe, generator=seeded(), on_epoch=lambda _, state: states.append(state)
+    )
+    accuracies = [epoch.validation_accuracy for epoch in result.history]
+    best = accuracies.index(max(accuracies))
+    assert accuracies[-1] < accuracies[best]
+    assert equal(result.weights, states[best]["model"])
+    assert equal(result.weights, model.state_dict())
+    assert evaluate(model, data.validation).accuracy == max(accuracies)
+
+
+def test_the_same_seed_gives_the_same_weights_and_leaves_torchs_generator_alone():
+    data, results = toy_data(), []
+    for seed, disturbance in ((0, 1), (0, 2), (1, 2)):
+        torch.manual_seed(disturbance)
+        before = torch.get_rng_state()
+        model = toy_model(dropout=0.3)
+        results.append(train(model, data, RECIPE, generator=seeded(seed)).weights)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert equal(results[0], results[1])
+    assert not equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("optimizer", [SGD, OptimizerRecipe("adam", 0.01)], ids=["sgd", "adam"])
+def test_an_interrupted_training_ends_with_the_same_weights(tmp_path, optimizer):
+    recipe = replace(
+        RECIPE, epochs=5, optimizer=optimizer, schedule=ScheduleRecipe("one-cycle"), patience=4
+    )
+    data, file = toy_data(), tmp_path / "state.pt"
+
+    def stop_after_two(epoch: Epoch, state: dict) -> None:
+        torch.save(state, file)
+        if epoch.number == 2:
+            raise KeyboardInterrupt
+
+    whole = train(toy_model(dropout=0.3), data, recipe, generator=seeded())
+    with pytest.raises(KeyboardInterrupt):
+        train(toy_model(dropout=0.3), data, recipe, generator=seeded(), on_epoch=stop_after_two)
+    state = torch.load(file, weights_only=True)
+    resumed = train(toy_model(9, 0.3), data, recipe, generator=seeded(9), state=state)
+    assert equal(whole.weights, resumed.weights)
+    assert [replace(e, seconds=0) for e in whole.history] == [
+        replace(e, seconds=0) for e in resumed.history
+    ]
+
+
+def test_a_later_epoch_does_not_change_an_earlier_state():
+    states = []
+    train(
+        toy_model(), toy_data(), RECIPE, generator=seeded(), on_epoch=lambda _, s: states.append(s)
+    )
+    again = train(toy_model(), toy_data(), replace(RECIPE, epochs=1), generator=seeded())
+    assert len(states[0]["history"]) == 1
+    assert equal(states[0]["best"], again.weights)
+    assert not equal(states[0]["model"], states[2]["model"])
+
+
+def test_patience_ends_a_training_that_no_longer_improves():
+    data = toy_data()
+    frozen = replace(RECIPE, epochs=50, optimizer=OptimizerRecipe("sgd", 1e-30), patience=3)
+    model = toy_model()
+    for parameter in model[:4].parameters():
+        parameter.requires_grad = False
+    model[1].momentum = 0.0
+    result = train(model, data, frozen, generator=seeded())
+    assert len(result.history) == 4
+
+
+def test_a_loss_that_is_not_finite_ends_the_training():
+    recipe = replace(RECIPE, optimizer=OptimizerRecipe("sgd", 1e30, momentum=0.0))
+    with pytest.raises(TdkitError, match="training loss became .* in epoch 1, step") as caught:
+        train(toy_model(), toy_data(), recipe, generator=seeded())
+    assert caught.value.hint == "Lower the learning rate."
+
+
+@pytest.mark.parametrize("part", ["train", "validation"])
+def test_training_needs_both_splits(part):
+    data = replace(toy_data(), **{part: None})
+    with pytest.raises(UsageError, match="toy has no (training|validation) images"):
+        train(toy_model(), data, RECIPE, generator=seeded())
+
+
+def test_training_needs_labels():
+    data = replace(toy_data(), train=replace(toy_split(8), labels=None))
+    with pytest.raises(UsageError, match="training needs labels"):
+        train(toy_model(), data, RECIPE, generator=seeded())
+
+
+def test_training_needs_two_images():
+    with pytest.raises(UsageError, match="at least 2 images"):
+        train(toy_model(), toy_data(1), RECIPE, generator=seeded())
+
+
+def test_training_needs_images_to_validate_on():
+    data = replace(toy_data(), validation=toy_split(0))
+    with pytest.raises(UsageError, match="toy has no validation images"):
+        train(toy_model(), data, RECIPE, generator=seeded())
+
+
+def test_memory_layout_changes_nothing_but_speed():
+    plain, other = toy_model(), toy_model()
+    before = other[0].weight.stride()
+    train(plain, toy_data(), RECIPE, generator=seeded())
+    train(other, toy_data(), replace(RECIPE, channels_last=True), generator=seeded())
+    for name, tensor in plain.state_dict().items():
+        assert torch.allclose(other.state_dict()[name], tensor, atol=1e-4), name
+    assert other[0].weight.stride() == before
+
+
+def test_bfloat16_lowers_the_precision_of_the_forward_pass_only():
+    seen = []
+    model = toy_model()
+    model[0].register_forward_hook(
+        lambda module, _, output: seen.append((module.training, output.dtype)) and None
+    )
+    train(model, toy_data(), replace(RECIPE, autocast="bfloat16"), generator=seeded())
+    assert {dtype for training, dtype in seen if training} == {torch.bfloat16}
+    assert {dtype for training, dtype in seen if not training} == {torch.float32}
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_the_initial_model_follows_its_seed_alone():
+    def create(in_channels: int, num_classes: int) -> nn.Module:
+        return nn.Linear(in_channels, num_classes)
+
+    record = ModelRecord("linear", "", create, (1, 8, 8), 2)
+    before = torch.get_rng_state()
+    first, same, other = (initial_model(record, toy_data(), seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert first.weight.shape == (2, 1)
+    assert torch.equal(first.weight, same.weight)
+    assert not torch.equal(first.weight, other.weight)
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A recipe on ten images per class and split, and the command that runs it."""
+    from tdkit.cli.train import train as command
+
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(0)
+    for part in ("train", "val", "test"):
+        for label, low in (("dark", 0), ("bright", 120)):
+            folder = tmp_path / "images" / part / label
+            folder.mkdir(parents=True)
+            for number in range(10):
+                pixels = random.integers(low, low + 120, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    (tmp_path / "small.toml").write_text(
+        'model = "garipov"\ndata = "image-folder:images"\nseed = 1\nepochs = 2\n'
+        'batch_size = 10\noutput = "small.safetensors"\n'
+        '[optimizer]\nname = "sgd"\nlearning_rate = 0.05\n'
+    )
+    app = typer.Typer()
+    app.command()(command)
+
+    def run(*arguments: str):
+        return CliRunner().invoke(app, ["small.toml", "--device", "cpu", *arguments])
+
+    return run
+
+
+def test_the_command_writes_weights_and_how_they_were_made(project, tmp_path):
+    done = project()
+    assert done.exit_code == 0, done.exception
+    lines = done.output.splitlines()
+    assert [line.split()[:2] for line in lines[:2]] == [["epoch", "1/2"], ["epoch", "2/2"]]
+    assert "validation" in lines[0]
+    assert "left" in lines[0]
+    assert "accuracy on 20 test images" in done.output
+    made = json.loads((tmp_path / "small.json").read_text())
+    assert made["recipe"] == (tmp_path / "small.toml").read_text()
+    assert (made["seed"], made["test_images"]) == (1, 20)
+    assert made["torch"] == torch.__version__
+    assert len(made["validation_accuracy"]) == 2
+    from tdkit.datasets import image_folder
+    from tdkit.models import garipov
+
+    model = garipov.create(3, 2)
+    model.load_state_dict(safetensors.torch.load_file(tmp_path / "small.safetensors"))
+    data = image_folder.create(path=str(tmp_path / "images"), image_size=28)
+    assert evaluate(model, data.test).accuracy == made["test_accuracy"]
+
+
+def test_the_command_can_be_resumed_and_repeats_itself(project, tmp_path):
+    assert project("--resume", "state.pt").exit_code == 0
+    weights = safetensors.torch.load_file(tmp_path / "small.safetensors")
+    again = project("--resume", "state.pt", "-o", "again.safetensors")
+    assert "epoch" not in again.output
+    assert equal(weights, safetensors.torch.load_file(tmp_path / "again.safetensors"))
+    fresh = project("-o", "fresh.safetensors")
+    assert fresh.exit_code == 0
+    assert equal(weights, safetensors.torch.load_file(tmp_path / "fresh.safetensors"))
+
+
+def test_the_command_never_replaces_a_file_without_force(project, tmp_path):
+    (tmp_path / "small.json").write_text("mine")
+    done = project()
+    assert isinstance(done.exception, StorageError)
+    assert (tmp_path / "small.json").read_text() == "mine"
+    assert not (tmp_path / "small.safetensors").exists()
+    assert "epoch" not in done.output
+    assert project("--force").exit_code == 0
+    assert json.loads((tmp_path / "small.json").read_text())
+
+
+def test_the_command_refuses_a_state_of_another_recipe(project, tmp_path):
+    assert project("--resume", "state.pt").exit_code == 0
+    recipe = tmp_path / "small.toml"
+    recipe.write_text(recipe.read_text().replace("0.05", "0.06"))
+    done = project("--resume", "state.pt", "--force")
+    assert isinstance(done.exception, UsageError)
+    assert "belongs to another recipe" in str(done.exception)
+
+
+def test_the_command_refuses_a_damaged_state(project, tmp_path):
+    (tmp_path / "state.pt").write_text("no state")
+    done = project("--resume", "state.pt")
+    assert isinstance(done.exception, UnreadableFileError)
+    assert "state.pt is not a state" in str(done.exception)
+
+
+def test_the_command_wants_a_safetensors_output(project):
+    done = project("-o", "weights.pt")
+    assert isinstance(done.exception, UsageError)
+    assert "weights.pt does not end in .safetensors" in str(done.exception)
