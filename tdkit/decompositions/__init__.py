@@ -39,7 +39,8 @@ def tdkit_decompositions() -> list[DecompositionRecord]:
     """Provide svd, cp, tucker and tt."""
     return [
         DecompositionRecord("svd", "truncated SVD: k x k to few channels, then 1x1", _svd),
-        DecompositionRecord("cp", "CP by ALS: 1x1, depthwise per axis, 1x1", _cp),
+        # Depthwise chains run slower than the dense layer on most machines, so only when asked.
+        DecompositionRecord("cp", "CP by ALS: 1x1, depthwise per axis, 1x1", _cp, default=False),
         DecompositionRecord(
             "tucker", "channel-mode Tucker by HOSVD: 1x1, k x k core, 1x1", _tucker
         ),

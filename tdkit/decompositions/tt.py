@@ -36,16 +36,16 @@ class TensorTrain(Decomposition):
         """The realizable rank of tensorly's proportional family nearest to the keep.
 
         tensorly's fraction is off target once ranks are cut to what TT-SVD can realize (0.5 gives
-        0.18), so the fraction that gives the wanted count is searched for: nearest in ratio,
-        which is the rule Tables 2 and 3 of the paper follow up to rounding.
+        0.18), so the fraction, in hundredths, that gives the wanted count is searched for:
+        nearest in ratio. That is the rule which Tables 2 and 3 of the paper follow.
         """
         shape = _shape(layer)
         wanted = keep * layer.weight_parameters
-        low, high = 0.0, 1.0
-        while size(shape, _realizable(shape, high)) < wanted and high < 1e4:
+        low, high = 1, 2
+        while size(shape, _realizable(shape, high)) < wanted and high < 1e6:
             high *= 2
-        for _ in range(50):
-            middle = (low + high) / 2
+        while high - low > 1:
+            middle = (low + high) // 2
             below = size(shape, _realizable(shape, middle)) < wanted
             low, high = (middle, high) if below else (low, middle)
         nearest = (_realizable(shape, low), _realizable(shape, high))
@@ -203,10 +203,10 @@ def _steps(n: int, most: int = 96) -> Tensor:
     return steps
 
 
-def _realizable(shape: tuple[int, ...], fraction: float) -> tuple[int, ...]:
+def _realizable(shape: tuple[int, ...], hundredths: int) -> tuple[int, ...]:
     from tensorly.tt_tensor import validate_tt_rank
 
-    rank = validate_tt_rank(shape, rank=float(fraction), allow_overparametrization=False)
+    rank = validate_tt_rank(shape, rank=hundredths / 100, allow_overparametrization=False)
     return tuple(int(r) for r in rank[1:-1])
 
 
@@ -218,4 +218,3 @@ def _fitted(basis: Tensor, rank: int) -> Tensor:
     """The first ``rank`` entries of the last axis; zeros where there are fewer."""
     missing = rank - basis.shape[-1]
     return torch.nn.functional.pad(basis, (0, missing)) if missing > 0 else basis[..., :rank]
-

@@ -10,34 +10,39 @@ from tdkit.planners.base import Option, UnreachableError
 # Per layer: no change (None stands for it, saving and penalty 0) or one of the options.
 _Choice = dict[str, Option]
 
+_STARTS = 8
+
 
 def greedy(options: Sequence[Option], needed: int) -> list[Option]:
     """Take the moves of least penalty per cost saved until enough is saved; see `Planner`.
 
-    A move may replace an earlier, weaker one of the same layer. The last move is the one that
-    closes the gap at the least penalty, not the steepest, and exchanges of one or two layers'
-    moves then use up what it saved too much.
+    A move may replace an earlier, weaker one of the same layer. The last move is not the steepest
+    but any that closes the gap; from the ends of least penalty, exchanges of one or two layers'
+    moves use up what was saved too much.
     """
     fronts = _fronts(options)
     most = sum(front[-1].saving for front in fronts.values())
     if most < needed:
         raise UnreachableError(most)
-    best: _Choice | None = None
+    ends: list[_Choice] = []
     choice: _Choice = {}
     while (missing := needed - _saved(choice)) > 0:
-        closing = [(gain, move) for gain, cost, move in _moves(fronts, choice) if gain >= missing]
-        if closing:
-            # Moves from here on only raise the penalty of this path; another path may end lower.
-            last = min(closing, key=lambda pair: _added(choice, pair[1]))[1]
-            best = _better(best, {**choice, last.layer: last})
+        # Every move that would close the gap from here is an end of this path.
+        closing = [move for gain, _, move in _moves(fronts, choice) if gain >= missing]
+        ends += [{**choice, move.layer: move} for move in closing]
         steepest = min(
             _moves(fronts, choice), key=lambda entry: (entry[1] / entry[0], _key(entry[2]))
         )
         choice[steepest[2].layer] = steepest[2]
-    best = _better(best, choice)
-    while (improved := _exchange(fronts, best, needed)) is not None:
-        best = improved
+    ends = sorted([*ends, choice], key=_penalty)[:_STARTS]
+    best = min((_settled(fronts, end, needed) for end in ends), key=_penalty)
     return sorted(best.values(), key=_key)
+
+
+def _settled(fronts: Mapping[str, list[Option]], choice: _Choice, needed: int) -> _Choice:
+    while (improved := _exchange(fronts, choice, needed)) is not None:
+        choice = improved
+    return choice
 
 
 def _fronts(options: Sequence[Option]) -> dict[str, list[Option]]:
@@ -96,17 +101,9 @@ def _with(choice: _Choice, layer: str, option: Option | None) -> _Choice:
     return rest if option is None else {**rest, layer: option}
 
 
-def _better(one: _Choice | None, other: _Choice) -> _Choice:
-    return other if one is None or _penalty(other) < _penalty(one) else one
-
-
 def _present(choice: _Choice, layer: str) -> tuple[int, float]:
     option = choice.get(layer)
     return (option.saving, option.penalty) if option else (0, 0.0)
-
-
-def _added(choice: _Choice, option: Option) -> float:
-    return option.penalty - _present(choice, option.layer)[1]
 
 
 def _saved(choice: _Choice) -> int:

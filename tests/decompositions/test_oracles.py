@@ -1,0 +1,195 @@
+"""The decompositions against tensorly, SciPy and the theorems they rest on."""
+
+import math
+
+import numpy as np
+import pytest
+import tensorly
+import torch
+from tensorly.cp_tensor import cp_to_tensor
+from tensorly.decomposition import parafac, tensor_train, tucker
+from tensorly.tt_tensor import tt_to_tensor
+from tensorly.tucker_tensor import tucker_to_tensor
+from torch import Tensor, nn
+
+from tdkit.decompositions.base import Prepared, count
+from tdkit.decompositions.cp import Cp
+from tdkit.decompositions.svd import Svd
+from tdkit.decompositions.tt import TensorTrain, size
+from tdkit.decompositions.tucker import Tucker
+from tdkit.specs import spec_of
+
+RANKS = [(2, 3), (5, 4), (7, 2)]
+
+
+def smooth_weight(*shape: int, seed: int = 0, decay: float = 0.5) -> Tensor:
+    """A weight whose unfoldings have falling spectra, as trained ones do."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(shape, generator=generator, dtype=torch.float64)
+    for mode in range(weight.ndim):
+        left, values, right = torch.linalg.svd(weight.movedim(mode, 0).flatten(1), False)
+        falling = values * torch.arange(1, len(values) + 1) ** -decay
+        rotated = (left * falling @ right).reshape(weight.movedim(mode, 0).shape)
+        weight = rotated.movedim(0, mode)
+    return weight
+
+
+def prepared(method: object, weight: Tensor, **options: int) -> Prepared:
+    out_channels, in_channels, *kernel = weight.shape
+    layer = nn.Conv2d(in_channels, out_channels, tuple(kernel))
+    return method.prepare(spec_of(layer), weight, **options)
+
+
+def test_svd_error_is_the_eckart_young_tail() -> None:
+    weight = smooth_weight(12, 7, 3, 3)
+    values = torch.linalg.svdvals(weight.flatten(1))
+    got = prepared(Svd(), weight)
+    for rank in range(1, 13):
+        assert got.error(rank) == pytest.approx(float(values[rank:].norm()), rel=1e-10, abs=1e-12)
+
+
+def test_svd_of_a_tall_linear_layer_is_numpys() -> None:
+    weight = smooth_weight(40, 9)
+    got = Svd().prepare(spec_of(nn.Linear(9, 40)), weight)
+    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    torch.testing.assert_close(got.reconstruct(3), left[:, :3] * values[:3] @ right[:3])
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_tucker_is_tensorlys_hosvd_and_hooi(rank: tuple[int, int]) -> None:
+    weight = smooth_weight(10, 8, 3, 3)
+    full = (*rank, 3, 3)
+    numpy = weight.numpy()
+    for sweeps, tolerance in ((0, 1e-9), (30, 1e-4)):
+        theirs = tucker_to_tensor(
+            tucker(numpy, rank=full, n_iter_max=max(1, sweeps), tol=1e-12)
+            if sweeps
+            else _truncated_hosvd(numpy, full)
+        )
+        error = float((weight - torch.from_numpy(theirs)).norm())
+        assert prepared(Tucker(sweeps), weight).error(rank) == pytest.approx(error, rel=tolerance)
+
+
+def _truncated_hosvd(tensor: object, ranks: tuple[int, ...]) -> tuple[object, list[object]]:
+    factors = []
+    for mode, rank in enumerate(ranks):
+        left, _, _ = np.linalg.svd(tensorly.unfold(tensor, mode), full_matrices=False)
+        factors.append(left[:, :rank])
+    core = tensorly.tenalg.multi_mode_dot(tensor, [factor.T for factor in factors])
+    return core, factors
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_hosvd_error_stays_under_the_root_of_the_summed_tails(rank: tuple[int, int]) -> None:
+    weight = smooth_weight(10, 8, 3, 3)
+    tails = [
+        float(torch.linalg.svdvals(weight.movedim(mode, 0).flatten(1))[r:].square().sum())
+        for mode, r in enumerate(rank)
+    ]
+    error = prepared(Tucker(), weight).error(rank)
+    assert max(tails) <= error**2 * (1 + 1e-12)
+    assert error**2 <= sum(tails) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("shape", [(9, 6, 3), (9, 6, 3, 3), (5, 4, 2, 3, 2)])
+def test_tt_error_stays_under_the_root_of_the_summed_tails(shape: tuple[int, ...]) -> None:
+    weight = smooth_weight(*shape)
+    layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(shape) - 3](shape[1], shape[0], shape[2:])
+    method = TensorTrain()
+    got = method.prepare(spec_of(layer), weight)
+    train = weight.movedim(0, -1)
+    for keep in (0.1, 0.3, 0.6):
+        rank = got.rank(keep)
+        tails = [
+            float(torch.linalg.svdvals(train.flatten(0, k).flatten(1))[r:].square().sum())
+            for k, r in enumerate(rank)
+        ]
+        assert got.error(rank) ** 2 <= sum(tails) * (1 + 1e-9)
+        assert got.error(rank) ** 2 >= max(tails) * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("rank", [(3, 5, 4), (6, 8, 5), (6, 18, 9)])
+def test_tt_is_about_as_good_as_tensorlys_tt_svd(rank: tuple[int, int, int]) -> None:
+    # Theirs truncates from the left only; the errors differ by the order of the cuts.
+    weight = smooth_weight(9, 6, 3, 3)
+    theirs = tt_to_tensor(tensor_train(weight.movedim(0, -1).numpy(), rank=(1, *rank, 1)))
+    error = float((weight.movedim(0, -1) - torch.from_numpy(theirs)).norm())
+    assert prepared(TensorTrain(), weight).error(rank) <= 1.02 * error + 1e-9
+
+
+def test_tt_with_the_ends_saturated_is_exactly_tensorlys_tt_svd() -> None:
+    weight = smooth_weight(9, 6, 3, 3)
+    theirs = tt_to_tensor(tensor_train(weight.movedim(0, -1).numpy(), rank=(1, 6, 4, 9, 1)))
+    error = float((weight.movedim(0, -1) - torch.from_numpy(theirs)).norm())
+    assert prepared(TensorTrain(), weight).error((6, 4, 9)) == pytest.approx(error, rel=1e-9)
+
+
+@pytest.mark.parametrize("rank", [3, 8, 15])
+def test_cp_is_as_good_as_tensorlys(rank: int) -> None:
+    weight = smooth_weight(10, 8, 3, 3)
+    ours, theirs = [], []
+    for seed in range(5):
+        options = Cp(sweeps=100, tolerance=1e-6)
+        ours.append(prepared(options, weight, seed=seed).error(rank))
+        fit = parafac(
+            weight.numpy(), rank, n_iter_max=100, tol=1e-6, init="random", random_state=seed
+        )
+        theirs.append(float((weight - torch.from_numpy(cp_to_tensor(fit))).norm()))
+    assert sum(ours) <= 1.02 * sum(theirs)
+
+
+def test_cp_finds_an_exact_low_rank_tensor() -> None:
+    generator = torch.Generator().manual_seed(0)
+    factors = [torch.randn(n, 3, generator=generator).double() for n in (10, 8, 3, 3)]
+    weight = torch.einsum("ar,br,cr,dr->abcd", *factors)
+    got = prepared(Cp(sweeps=500, tolerance=1e-9), weight)
+    assert got.error(3) < 1e-3 * got.norm
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+@pytest.mark.parametrize("angle", [1e-1, 1e-4, 1e-8])
+def test_cp_stays_finite_on_near_collinear_columns(scale: float, angle: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    factors = [torch.randn(n, 1, generator=generator).double() for n in (10, 8, 3, 3)]
+    near = [f + angle * torch.randn(len(f), 4, generator=generator).double() for f in factors]
+    weight = torch.einsum("ar,br,cr,dr->abcd", *near) * scale
+    got = prepared(Cp(), weight)
+    first, *others = got.factors(6)
+    assert all(bool(f.isfinite().all()) for f in (first, *others))
+    # Diverging components would cancel each other: their norms stay near the weight's.
+    norms = math.prod(float(f.flatten(1).norm(dim=0).max()) for f in (first, *others))
+    assert norms < 1e4 * got.norm * max(1, len(others))
+    assert got.error(6) < 0.2 * got.norm
+
+
+@pytest.mark.parametrize("keep", [0.05, 0.2, 0.5, 0.8])
+@pytest.mark.parametrize("method", [Svd(), Tucker(), TensorTrain()], ids=["svd", "tucker", "tt"])
+@pytest.mark.parametrize("decay", [0.0, 0.3, 0.8])
+def test_the_best_rank_beats_the_proportional_one_of_its_size(
+    method: Svd | Tucker | TensorTrain, keep: float, decay: float
+) -> None:
+    weight = smooth_weight(16, 12, 3, 3, decay=decay)
+    got = prepared(method, weight)
+    proportional = got.rank(keep, "proportional")
+    parameters = count(method.stages(got.group, proportional))
+    best = got.best_rank(parameters)
+    assert count(method.stages(got.group, best)) <= parameters
+    assert got.error(best) <= got.error(proportional) * (
+        1.01 if method is not TensorTrain else 1.05
+    )
+
+
+def test_the_best_tucker_rank_is_that_of_brute_force() -> None:
+    weight = smooth_weight(7, 6, 3, 3)
+    got = prepared(Tucker(), weight)
+    pairs = [(a, b) for a in range(1, 8) for b in range(1, 7)]
+    for keep in (0.1, 0.3, 0.6):
+        allowed = int(keep * weight.numel())
+        fitting = [p for p in pairs if count(got.method.stages(got.group, p)) <= allowed]
+        assert got.error(got.rank(keep)) == pytest.approx(min(map(got.error, fitting)))
+
+
+def test_the_tt_size_is_that_of_its_stages() -> None:
+    method, spec = TensorTrain(), spec_of(nn.Conv3d(5, 7, (2, 3, 2), bias=False))
+    rank = (3, 4, 5, 6)
+    assert size((5, 2, 3, 2, 7), rank) == count(method.stages(spec, rank))
