@@ -1,0 +1,73 @@
+"""What to say of a file that names something outside the list of allowed classes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NoReturn
+
+from tdkit.checkpoint.text import listed, shown
+from tdkit.errors import UnsafeFileError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_DANGEROUS_NAMES = """
+    builtins os posix nt sys subprocess shutil socket runpy importlib pickle code codeop pty
+    webbrowser ctypes platform pydoc pdb timeit bdb commands multiprocessing asyncio urllib http
+    requests pip marshal operator _operator functools
+"""
+_DANGEROUS = frozenset(_DANGEROUS_NAMES.split())
+_HARMLESS = frozenset(
+    f"builtins.{name}"
+    for name in ("dict", "frozenset", "list", "object", "range", "slice", "tuple")
+)
+_ADVICE = (
+    ("torch._dynamo.", "it was saved through torch.compile: save model._orig_mod instead"),
+    ("torch.nn.parallel.distributed.", "it was saved while distributed: save model.module instead"),
+    ("torch.nn.utils.weight_norm.", "call torch.nn.utils.remove_weight_norm before saving"),
+    ("torch.nn.utils.spectral_norm.", "call torch.nn.utils.remove_spectral_norm before saving"),
+    ("torch.nn.utils.prune.", "call torch.nn.utils.prune.remove before saving"),
+    (".Lazy", "run the model once before saving, so that its lazy layers get their shapes"),
+    (".quantized.", "save the model as it was before quantizing"),
+)
+
+
+def refuse_strangers(source: object, strangers: Mapping[str, str]) -> NoReturn:
+    """Refuse a file for the names it uses.
+
+    Args:
+        source: The file.
+        strangers: Dotted names, each with its module.
+
+    Raises:
+        UnsafeFileError: Always.
+    """
+    advice = next(
+        (advice for part, advice in _ADVICE if any(part in path for path in strangers)), None
+    )
+    dangerous = [path for path, module in strangers.items() if _is_dangerous(path, module)]
+    if dangerous:
+        raise UnsafeFileError(
+            f"{source} uses {listed(dangerous)}: reading it could run code, so tdkit does not",
+            advice or "do not trust it; ask its author for a state_dict or a safetensors file",
+        )
+    raise UnsafeFileError(
+        f"{source} uses {listed(strangers)}: not on tdkit's list of classes that a file may hold",
+        advice or _how_to_allow(strangers),
+    )
+
+
+def _is_dangerous(path: str, module: str) -> bool:
+    return module.partition(".")[0] in _DANGEROUS and path not in _HARMLESS
+
+
+def _how_to_allow(strangers: Mapping[str, str]) -> str:
+    alone = "save the state_dict alone, and name its class with --arch package.module:Class"
+    classes = [
+        f"--allow-class {shown(module)}:{shown(path[len(module) + 1 :])}"
+        for path, module in strangers.items()
+        if path[len(module) + 1 :].lstrip("_")[:1].isupper()
+    ]
+    if not classes:
+        return alone
+    options = " ".join(classes[:3]).replace(" __main__:", " YOUR_MODULE:")
+    return f"if the file and this code are yours: {options}; or {alone}"
