@@ -1,0 +1,242 @@
+"""Recipes: TOML files read into frozen dataclasses, where an unknown key is an error."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import sys
+import types
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from tdkit.errors import UnreadableFileError, UsageError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class OptimizerRecipe:
+    """The table ``[optimizer]``.
+
+    Args:
+        name: Which optimizer.
+        learning_rate: The highest one; the schedule multiplies it by at most 1.
+        momentum: Of ``sgd``; the others ignore it.
+        nesterov: Whether the momentum of ``sgd`` is Nesterov's.
+        weight_decay: Factor of the squared norm added to the loss (``adamw``: decoupled).
+    """
+
+    name: Literal["sgd", "adam", "adamw"]
+    learning_rate: float
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require("learning_rate", self.learning_rate, self.learning_rate > 0, "above 0")
+        _require("momentum", self.momentum, 0 <= self.momentum < 1, "at least 0 and below 1")
+        _require("weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
+        if self.nesterov and self.momentum == 0:
+            raise UsageError("nesterov needs a momentum above 0")
+
+
+@dataclass(frozen=True)
+class ScheduleRecipe:
+    """The table ``[schedule]``: how the learning rate changes.
+
+    Args:
+        name: ``one-cycle`` rises and falls along two half cosines (Smith and Topin, 2017),
+            ``multistep`` multiplies by ``factor`` at each milestone, ``constant`` does nothing.
+        warmup: Share of the steps in which ``one-cycle`` rises.
+        milestones: Epochs after which ``multistep`` multiplies.
+        factor: What ``multistep`` multiplies by.
+    """
+
+    name: Literal["one-cycle", "multistep", "constant"] = "constant"
+    warmup: float = 0.3
+    milestones: tuple[int, ...] = ()
+    factor: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require("warmup", self.warmup, 0 < self.warmup < 1, "between 0 and 1")
+        _require("factor", self.factor, 0 < self.factor <= 1, "above 0 and at most 1")
+        if self.name == "multistep" and not self.milestones:
+            raise UsageError("milestones must not be empty for the multistep schedule")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitRecipe:
+    """How a model is fitted to data, whether from scratch or after a compression.
+
+    Args:
+        epochs: Passes over the training images, at most.
+        batch_size: Images per step.
+        optimizer: The table ``[optimizer]``.
+        schedule: The table ``[schedule]``.
+        label_smoothing: Share of the target spread evenly over all classes.
+        autocast: Precision of the forward pass, where torch considers it safe to lower it.
+        channels_last: Whether the channels lie innermost in memory.
+        patience: Stop after this many epochs without a better validation accuracy; never when
+            left out.
+        small_epochs: The first epochs, which see the images shrunk to ``small_size`` and so cost
+            less (progressive resizing); for models that take any size.
+        small_size: Height and width in these epochs, in pixels.
+    """
+
+    epochs: int
+    batch_size: int
+    optimizer: OptimizerRecipe
+    schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
+    label_smoothing: float = 0.0
+    autocast: Literal["none", "bfloat16"] = "none"
+    channels_last: bool = False
+    patience: int | None = None
+    small_epochs: int = 0
+    small_size: int = 0
+
+    def __post_init__(self) -> None:
+        _require("epochs", self.epochs, self.epochs >= 1, "at least 1")
+        # BatchNorm has no deviation to divide by when a batch holds one image.
+        _require("batch_size", self.batch_size, self.batch_size >= 2, "at least 2")
+        smoothing = self.label_smoothing
+        _require("label_smoothing", smoothing, 0 <= smoothing < 1, "at least 0 and below 1")
+        if self.patience is not None:
+            _require("patience", self.patience, self.patience >= 1, "at least 1")
+        small = self.small_epochs
+        _require("small_epochs", small, 0 <= small <= self.epochs, f"from 0 to {self.epochs}")
+        if small:
+            _require("small_size", self.small_size, self.small_size >= 1, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRecipe(FitRecipe):
+    """What ``tdkit train`` reads; see :class:`FitRecipe` for the other fields.
+
+    Args:
+        model: Name of a registered model.
+        data: Name of a registered data set.
+        seed: Of the initial weights, the validation split, the order and the augmentation.
+        output: Name of the file to write, ending in ``.safetensors``.
+    """
+
+    model: str
+    data: str
+    seed: int
+    output: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require("seed", self.seed, 0 <= self.seed < 2**63, "at least 0 and below 2**63")
+        suffix = ".safetensors"
+        _require("output", self.output, self.output.endswith(suffix), f"a name in {suffix}")
+
+
+def load_recipe(path: Path, cls: type[T]) -> T:
+    """Read a TOML file into a dataclass.
+
+    Args:
+        path: The file.
+        cls: A dataclass whose fields are str, int, float, bool, Literal, tuples of one type,
+            other such dataclasses, or one of these or None.
+
+    Returns:
+        An instance of ``cls``.
+
+    Raises:
+        UnreadableFileError: The file cannot be read.
+        UsageError: It is not TOML; or a key is unknown, missing, or has a wrong type or value.
+            The message names the file and the key, the hint the close names.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UnreadableFileError(f"the recipe {path} cannot be read: {error}") from error
+    return parse_recipe(text, cls, str(path))
+
+
+def parse_recipe(text: str, cls: type[T], source: str) -> T:
+    """Do what :func:`load_recipe` does with the text of a file; ``source`` is its name."""
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{source} is not valid TOML: {error}") from error
+    try:
+        return _record(cls, table, "")
+    except UsageError as error:
+        raise UsageError(f"{source}: {error}", error.hint) from error
+
+
+def _record(cls: type[T], table: dict[str, Any], prefix: str) -> T:
+    types_of = get_type_hints(cls)
+    known = {entry.name: entry for entry in fields(cls)}  # type: ignore[arg-type]
+    for key in table:
+        if key not in known:
+            raise UsageError(f"unknown key {prefix}{key}", _suggestion(key, list(known)))
+    for key, entry in known.items():
+        required = entry.default is MISSING and entry.default_factory is MISSING
+        if required and key not in table:
+            raise UsageError(
+                f"the key {prefix}{key} is missing", f"Add it: {_wanted(types_of[key])}."
+            )
+    values = {key: _value(types_of[key], value, prefix + key) for key, value in table.items()}
+    try:
+        return cls(**values)
+    except UsageError as error:
+        raise UsageError(f"{prefix}{error}", error.hint) from error
+
+
+def _value(wanted: Any, value: Any, key: str) -> Any:
+    if get_origin(wanted) in (Union, types.UnionType):
+        wanted = next(part for part in get_args(wanted) if part is not type(None))
+    if is_dataclass(wanted) and isinstance(value, dict):
+        return _record(wanted, value, f"{key}.")  # type: ignore[arg-type]
+    if get_origin(wanted) is tuple and isinstance(value, list):
+        return tuple(_value(get_args(wanted)[0], item, key) for item in value)
+    if get_origin(wanted) is Literal:
+        return _choice(get_args(wanted), value, key)
+    # A TOML integer serves where a float is wanted; type() keeps True from passing as 1.
+    if wanted is float and type(value) is int:
+        return float(value)
+    if wanted is float and isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{key} must be a finite number, not {value!r}")
+    if type(value) is not wanted:
+        raise UsageError(f"{key} must be {_wanted(wanted)}, not {value!r}")
+    return value
+
+
+def _choice(choices: tuple[Any, ...], value: object, key: str) -> object:
+    if value not in choices:
+        names = ", ".join(map(str, choices))
+        raise UsageError(
+            f"{key} must be one of {names}, not {value!r}", _suggestion(value, choices)
+        )
+    return value
+
+
+def _wanted(wanted: Any) -> str:
+    words = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
+    if get_origin(wanted) is Literal:
+        return "one of " + ", ".join(map(str, get_args(wanted)))
+    if get_origin(wanted) is tuple:
+        return "a list"
+    return words.get(wanted, "a table")
+
+
+def _suggestion(name: object, known: Any) -> str:
+    close = difflib.get_close_matches(str(name), [str(item) for item in known])
+    if close:
+        return "Did you mean " + " or ".join(close) + "?"
+    return "Possible: " + ", ".join(map(str, known)) + "."
+
+
+def _require(key: str, value: object, good: bool, rule: str) -> None:
+    if not good:
+        raise UsageError(f"{key} must be {rule}, not {value!r}")
