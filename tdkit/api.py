@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tdkit.candidates import COMPRESSION_KEEPS, Grid
 from tdkit.compression import Goal, apply_plan, compress_model, random_inputs
 from tdkit.decompositions.base import Decomposition
+from tdkit.errors import UnsupportedError
 from tdkit.metrics.base import Metric
 from tdkit.plans import Cost, Plan
 from tdkit.registry import Registry, load_registry, lookup
@@ -28,8 +29,8 @@ def compress(
     layers: Sequence[str] = (),
     include_ends: bool = False,
     input_shape: Sequence[int] | None = None,
-    example_inputs: Sequence[Any] | None = None,
-    data: Sequence[Tensor] = (),
+    example_inputs: Tensor | Sequence[Any] | None = None,
+    data: Sequence[Tensor | Sequence[Any]] = (),
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[nn.Module, Plan]:
@@ -53,13 +54,15 @@ def compress(
         input_shape: The shape of one sample, without the batch axis. With it, or with
             ``example_inputs``, the result is verified by a forward pass.
         example_inputs: Arguments of a forward pass, for models that take other things than one
-            tensor of floats.
-        data: Batches of model inputs for feature metrics.
+            tensor of floats; a single tensor may stand for itself.
+        data: Batches of model inputs for feature metrics: tensors, or sequences of arguments. The
+            first one also serves where neither a shape nor example inputs are given.
         seed: Seeds every random start.
         progress: Called with the units of scoring done and all units.
 
     Returns:
-        The compressed copy, of ordinary torch layers, and the plan that it carries.
+        The compressed copy, of ordinary torch layers, and the plan that it carries. Layers that
+        break the model when replaced stay dense.
 
     Raises:
         UsageError: If an option is wrong or the budget is out of reach.
@@ -68,14 +71,12 @@ def compress(
     registry = load_registry()
     record = lookup(registry.metrics, metric, "metric")
     grid = Grid(resolve_methods(registry, methods), [record.create()], tuple(keeps), "best", seed)
-    if example_inputs is None and input_shape is not None:
-        example_inputs = random_inputs(model, input_shape)
     result = compress_model(
         model,
         grid,
         Goal(budget, cost, metric, planner),
         lookup(registry.planners, planner, "planner").create(),
-        inputs=example_inputs,
+        inputs=_inputs(model, input_shape, example_inputs, data),
         batches=data,
         patterns=layers,
         keep_ends=not include_ends,
@@ -89,7 +90,7 @@ def apply(
     model: nn.Module,
     *,
     input_shape: Sequence[int] | None = None,
-    example_inputs: Sequence[Any] | None = None,
+    example_inputs: Tensor | Sequence[Any] | None = None,
 ) -> nn.Module:
     """Apply a plan to a dense model, which stays as it is.
 
@@ -105,9 +106,13 @@ def apply(
     """
     registry = load_registry()
     methods = resolve_methods(registry, sorted({move.method for move in plan.moves}))
-    if example_inputs is None and input_shape is not None:
-        example_inputs = random_inputs(model, input_shape)
-    return apply_plan(model, plan, methods, inputs=example_inputs).model
+    inputs = _inputs(model, input_shape, example_inputs)
+    result = apply_plan(model, plan, methods, inputs=inputs)
+    for name, reason in result.put_back.items():
+        raise UnsupportedError(
+            f"the layer {name!r} cannot be replaced: {reason}", "take it out of the plan"
+        )
+    return result.model
 
 
 def load(
@@ -128,6 +133,20 @@ def load(
     if model is not None:
         return load_into(model, source).model
     return load_model(source, models=load_registry().models, arch=arch).model
+
+
+def _inputs(
+    model: nn.Module,
+    shape: Sequence[int] | None,
+    example: Tensor | Sequence[Any] | None,
+    data: Sequence[Tensor | Sequence[Any]] = (),
+) -> Sequence[Any] | None:
+    """Arguments of a forward pass from whatever tells them."""
+    if example is None and shape is not None:
+        return random_inputs(model, shape)
+    if example is None and data:
+        example = data[0]
+    return [example] if isinstance(example, Tensor) else example
 
 
 def resolve_methods(

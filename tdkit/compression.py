@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tdkit.candidates import Candidate, Grid, factorize, prepare, score
+from tdkit.candidates import Candidate, Grid, blamed, factorize, prepare, score
 from tdkit.costs import macs, model_parameters
-from tdkit.decompositions.base import Decomposition
+from tdkit.decompositions.base import Decomposition, check_rank
 from tdkit.errors import UnsupportedError, UsageError
-from tdkit.layers import Layer, find_layers, replace_layer, unknown_name, unwrap
+from tdkit.layers import (
+    Layer,
+    find_layers,
+    first_line,
+    refuse_lazy,
+    replace_layer,
+    unknown_name,
+    unwrap,
+)
 from tdkit.planners.base import Planner
 from tdkit.plans import Cost, Move, Plan, choose
 from tdkit.specs import LayerSpec, spec_of
@@ -39,9 +48,9 @@ class Goal:
     planner: str = "greedy"
 
     def __post_init__(self) -> None:
-        if not 0 < self.budget <= 1:
+        if not isinstance(self.budget, int | float) or not 0 < self.budget <= 1:
             raise UsageError(
-                f"the budget {self.budget:g} is not above 0 and at most 1",
+                f"the budget {self.budget!r} is not a fraction above 0 and at most 1",
                 "it is the fraction of the model that remains: 0.5 keeps at most half",
             )
         if self.cost not in ("params", "macs"):
@@ -73,14 +82,19 @@ def own_copy(model: nn.Module) -> nn.Module:
     """A copy of the plain model inside any wrapper, so that the caller's stays as it is.
 
     Raises:
-        UnsupportedError: If the model cannot be copied.
+        UnsupportedError: If the model cannot be copied, or is lazy.
     """
+    plain = unwrap(model)
+    refuse_lazy(plain)
+    _refuse_patched(plain)
     try:
-        return copy.deepcopy(unwrap(model))
-    except (RuntimeError, TypeError, NotImplementedError) as error:
+        return copy.deepcopy(plain)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a module may hold anything
         raise UnsupportedError(
-            f"the model cannot be copied: {str(error).splitlines()[0]}",
-            "remove weight_norm and other re-parametrizations first",
+            f"the model cannot be copied: {first_line(error)}",
+            "remove weight_norm and the like, and tensors kept from a forward pass, first",
         ) from error
 
 
@@ -140,7 +154,7 @@ def compress_model(
     planner: Planner,
     *,
     inputs: Sequence[Any] | None = None,
-    batches: Sequence[Tensor] = (),
+    batches: Sequence[Tensor | Sequence[Any]] = (),
     patterns: Sequence[str] = (),
     keep_ends: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -165,11 +179,18 @@ def compress_model(
     """
     dense = own_copy(model)
     layers = find_layers(dense, inputs=one_sample(inputs), patterns=patterns, keep_ends=keep_ends)
+    if goal.budget < 1:
+        _refuse_closed(layers)
     candidates = score(dense, layers, grid, batches=batches, progress=progress)
     put_back: dict[str, str] = {}
     while True:
         usable = [c for c in candidates if c.layer not in put_back]
-        plan = make_plan(dense, layers, usable, goal, planner, grid.seed)
+        try:
+            plan = make_plan(dense, layers, usable, goal, planner, grid.seed)
+        except UsageError as error:
+            if not put_back:
+                raise
+            raise UsageError(str(error), _remarks(put_back)) from error
         result = apply_plan(dense, plan, grid.methods, layers=layers, inputs=inputs)
         if not result.put_back:
             return Compression(
@@ -202,9 +223,9 @@ def apply_plan(
     dense = own_copy(model) if layers is None else model
     if layers is None:
         layers = find_layers(dense, inputs=one_sample(inputs), keep_ends=False)
+    moves = _resolve(plan, layers)
     factorized = {
-        layer: _factorized(dense, layer, move, methods, plan.seed)
-        for layer, move in _resolve(plan, layers)
+        layer: _factorized(dense, layer, move, methods, plan.seed) for layer, move in moves.items()
     }
     broken = verify(dense, factorized, two_samples(inputs)) if inputs is not None else {}
     kept = {layer: m for layer, m in factorized.items() if layer.name not in broken}
@@ -213,7 +234,7 @@ def apply_plan(
         replace_layer(compressed, layer, module)
     return Compression(
         model=compressed,
-        plan=_without(plan, broken),
+        plan=_without(replace(plan, moves=tuple(moves.values())), broken),
         layers=tuple(layers),
         structure={layer.name: tuple(map(spec_of, module)) for layer, module in kept.items()},
         put_back=broken,
@@ -243,39 +264,77 @@ def random_inputs(
         seed: Of the generator that draws them.
     """
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    if math.prod(shape) <= 0:
+    if any(size < 1 for size in shape):
         raise UsageError(f"an input of shape {tuple(shape)} is empty")
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(batch, *shape, generator=generator).to(like),)
 
 
 def one_sample(inputs: Sequence[Any] | None) -> list[Any] | None:
-    """The first sample of every tensor among a forward pass's arguments."""
+    """A forward pass's arguments with the first sample of every tensor that has the batch axis."""
     if inputs is None:
         return None
-    return [x[:1] if isinstance(x, Tensor) else x for x in inputs]
+    batch = _batch(inputs)
+    return [x[:1] if _size(x) == batch else x for x in inputs]
 
 
 def two_samples(inputs: Sequence[Any]) -> list[Any]:
     """At least two samples: BatchNorm in train mode refuses one."""
-    return [
-        torch.cat([x, x.flip(-1)]) if isinstance(x, Tensor) and len(x) == 1 else x for x in inputs
-    ]
+    if _batch(inputs) != 1:
+        return list(inputs)
+    return [torch.cat([x, x.flip(-1)]) if _size(x) == 1 else x for x in inputs]
 
 
-def _resolve(plan: Plan, layers: Sequence[Layer]) -> list[tuple[Layer, Move]]:
-    by_name = {layer.name: layer for layer in layers}
-    result: dict[str, tuple[Layer, Move]] = {}
+def _batch(inputs: Sequence[Any]) -> int | None:
+    """The size of the batch axis: the first one of the first tensor that has any."""
+    return next((size for size in map(_size, inputs) if size is not None), None)
+
+
+def _size(value: Any) -> int | None:
+    return len(value) if isinstance(value, Tensor) and value.ndim else None
+
+
+def _refuse_patched(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(vars(module).get("forward"), FunctionType):
+            raise UnsupportedError(
+                f"the forward of {name or 'the model'} was replaced by a function, which would"
+                " still run the original in a copy",
+                "give the module its class's forward back: del module.forward",
+            )
+
+
+def _refuse_closed(layers: Sequence[Layer]) -> None:
+    reasons = dict.fromkeys(layer.reason for layer in layers)
+    if not layers:
+        raise UnsupportedError("the model has no convolutional or linear layer")
+    if None not in reasons:
+        raise UnsupportedError(
+            f"no layer of the model can be compressed: {'; '.join(filter(None, reasons))}",
+            "tdkit inspect shows every layer; --include-ends lets the first and the last one in",
+        )
+
+
+def _remarks(put_back: Mapping[str, str], most: int = 3) -> str:
+    remarks = [f"{name} was put back: {why}" for name, why in islice(put_back.items(), most)]
+    more = len(put_back) - most
+    return "; ".join([*remarks, f"and {more} more"] if more > 0 else remarks)
+
+
+def _resolve(plan: Plan, layers: Sequence[Layer]) -> dict[Layer, Move]:
+    """The layer of every move, and the move with that layer's first name."""
+    by_name = {name: layer for layer in layers for name in (layer.name, *layer.aliases)}
+    result: dict[Layer, Move] = {}
     for move in plan.moves:
         if move.layer not in by_name:
             raise unknown_name(move.layer, list(by_name), "layer")
-        if move.layer in result:
-            raise UsageError(f"the plan replaces the layer {move.layer!r} twice")
         layer = by_name[move.layer]
+        if layer in result:
+            raise UsageError(f"the plan replaces the layer {move.layer!r} twice")
         if layer.reason is not None:
             raise UnsupportedError(f"the layer {layer.name!r} stays dense: {layer.reason}")
-        result[move.layer] = (layer, move)
-    return list(result.values())
+        result[layer] = replace(move, layer=layer.name)
+    return result
 
 
 def _factorized(
@@ -283,23 +342,24 @@ def _factorized(
 ) -> nn.Sequential:
     if move.method not in methods:
         raise unknown_name(move.method, list(methods), "method")
-    module = model.get_submodule(layer.name)
-    prepared = prepare(layer, module, move.method, methods[move.method], seed)
-    if prepared is None:
-        assert layer.spec is not None
-        reason = methods[move.method].supports(layer.spec.per_group())
+    method, module = methods[move.method], model.get_submodule(layer.name)
+    assert layer.spec is not None
+    reason = method.supports(layer.spec.per_group())
+    if reason is not None:
         raise UnsupportedError(f"{move.method} cannot decompose the layer {layer.name!r}: {reason}")
     try:
-        return factorize(layer, module, prepared, move.rank)
+        check_rank(method, layer.spec.per_group(), move.rank)
     except UsageError as error:
         raise UsageError(f"layer {layer.name!r}, {move.method}: {error}") from error
+    with blamed(move.method, layer):
+        prepared = prepare(layer, module, move.method, method, seed)
+        assert prepared is not None
+        return factorize(layer, module, prepared, move.rank)
 
 
-def _without(plan: Plan, names: Mapping[str, str]) -> Plan:
-    return Plan(
-        **vars(plan)
-        | {
-            "moves": tuple(m for m in plan.moves if m.layer not in names),
-            "candidates": tuple(c for c in plan.candidates if c.layer not in names),
-        }
+def _without(plan: Plan, names: Container[str]) -> Plan:
+    return replace(
+        plan,
+        moves=tuple(m for m in plan.moves if m.layer not in names),
+        candidates=tuple(c for c in plan.candidates if c.layer not in names),
     )

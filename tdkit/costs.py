@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from tdkit.specs import LayerSpec
 
@@ -26,8 +27,8 @@ class Call:
 
 
 def model_parameters(model: nn.Module) -> int:
-    """The number of parameters, shared ones counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """The number of parameters, shared ones counted once and those without a shape not at all."""
+    return sum(p.numel() for p in model.parameters() if not isinstance(p, UninitializedParameter))
 
 
 def macs(stages: Sequence[LayerSpec], calls: Iterable[Call]) -> int:

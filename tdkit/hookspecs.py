@@ -7,7 +7,9 @@ A plugin is an installed package with an entry point in the group ``tdkit``::
 
 whose module implements one or more of the hooks below. Hooks take no arguments and import nothing
 heavy: a record carries a ``create`` callable that does the importing when the thing is first used.
-Names match ``[a-z0-9-]+``; a name that two providers claim is an error that names both.
+Names match ``[a-z0-9-]+``; a name that two providers claim is an error that names both. A plugin
+that breaks these rules is left out as a whole; ``tdkit plugins`` says why. Every example below runs
+as it stands.
 """
 
 from __future__ import annotations
@@ -136,12 +138,34 @@ def tdkit_decompositions() -> list[DecompositionRecord]:
         from tdkit.hookspecs import DecompositionRecord, hookimpl
 
         def create():
-            from my_plugin.method import MyMethod
-            return MyMethod()
+            import torch
+            from tdkit.decompositions.base import Decomposition
+
+            class TwoLinears(Decomposition):
+                def supports(self, layer):
+                    return None if layer.kind == "Linear" else "only Linear layers"
+
+                def rank(self, layer, keep):
+                    sides = layer.in_channels + layer.out_channels
+                    wanted = round(keep * layer.weight_parameters / sides)
+                    return max(1, min(wanted, self.max_rank(layer)))
+
+                def max_rank(self, layer):
+                    return min(layer.in_channels, layer.out_channels)
+
+                def stages(self, layer, rank):
+                    first = layer.pointwise(layer.in_channels, rank)
+                    return first, layer.pointwise(rank, layer.out_channels)
+
+                def decompose(self, layer, weight, rank, generator):
+                    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+                    return values[:rank, None] * right[:rank], left[:, :rank]
+
+            return TwoLinears()
 
         @hookimpl
         def tdkit_decompositions():
-            return [DecompositionRecord("my-method", "what it does", create)]
+            return [DecompositionRecord("two-linears", "a Linear as two", create)]
     """
     raise AssertionError("a specification is not called")
 
@@ -193,12 +217,19 @@ def tdkit_datasets() -> list[DatasetRecord]:
         from tdkit.hookspecs import DatasetRecord, hookimpl
 
         def create(root=None, path=None, image_size=None, seed=0):
-            from my_plugin.data import load
-            return load(root)
+            import torch
+            from tdkit.datasets.base import in_memory_dataset
+
+            generator = torch.Generator().manual_seed(0)
+            shape = (100, 1, *(image_size or (28, 28)))
+            images = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+            labels = torch.arange(100) % 2
+            part = images, labels
+            return in_memory_dataset("noise", ("even", "odd"), part, part, seed)
 
         @hookimpl
         def tdkit_datasets():
-            return [DatasetRecord("my-data", "my images", create)]
+            return [DatasetRecord("noise", "100 images of noise", create)]
     """
     raise AssertionError("a specification is not called")
 
@@ -212,12 +243,26 @@ def tdkit_planners() -> list[PlannerRecord]:
         from tdkit.hookspecs import PlannerRecord, hookimpl
 
         def create():
-            from my_plugin.planner import plan
-            return plan
+            from tdkit.planners.base import UnreachableError
+
+            def strongest(options, needed):
+                moves = {}
+                for option in sorted(options, key=lambda o: (o.saving, -o.penalty, o.layer)):
+                    moves[option.layer] = option
+                chosen, saved = [], 0
+                for option in sorted(moves.values(), key=lambda o: (o.penalty, o.layer)):
+                    if saved < needed:
+                        chosen.append(option)
+                        saved += option.saving
+                if saved < needed:
+                    raise UnreachableError(saved)
+                return chosen
+
+            return strongest
 
         @hookimpl
         def tdkit_planners():
-            return [PlannerRecord("my-planner", "how it chooses", create)]
+            return [PlannerRecord("strongest", "each layer's largest saving", create)]
     """
     raise AssertionError("a specification is not called")
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tdkit.layers import mode
+from tdkit.layers import copies, mode
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,12 @@ def measure_latency(
 
     Args:
         models: The models to compare.
-        inputs: Arguments of a forward pass.
+        inputs: Arguments of a forward pass, at least one of them a tensor.
         runs: Timed passes per model, fewer when time runs out, but at least three.
         seconds: About how long all of it may take.
     """
-    device = next((t.device for t in inputs if isinstance(t, torch.Tensor)), torch.device("cpu"))
+    first = next(value for value in inputs if isinstance(value, torch.Tensor))
+    device = first.device
     times: list[list[float]] = [[] for _ in models]
     start = time.perf_counter()
     for model in models:
@@ -54,7 +55,7 @@ def measure_latency(
             taken.append(_timed(model, inputs, device))
     return Latency(
         milliseconds=tuple(1e3 * median(taken) for taken in times),
-        batch=len(inputs[0]),
+        batch=len(first),
         runs=len(times[0]),
         threads=torch.get_num_threads(),
         device=device.type,
@@ -62,10 +63,12 @@ def measure_latency(
 
 
 def _timed(model: nn.Module, inputs: Sequence[Any], device: torch.device) -> float:
-    with mode(model, training=False), torch.inference_mode():
+    arguments = copies(inputs)
+    # Not inference_mode: what a model keeps from such a pass could not be trained with.
+    with mode(model, training=False), torch.no_grad():
         _synchronize(device)
         start = time.perf_counter()
-        model(*inputs)
+        model(*arguments)
         _synchronize(device)
         return time.perf_counter() - start
 

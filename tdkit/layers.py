@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
@@ -21,6 +23,7 @@ from tdkit.specs import KINDS, LayerSpec, spec_of
 
 _OWNERS_THAT_READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -86,13 +89,14 @@ def find_layers(
     Args:
         model: Any module.
         inputs: Arguments of one forward pass over a single sample; without them MACs stay unknown
-            and the order is that of registration.
-        patterns: Shell patterns; layers that match none are kept dense.
+            and the order is that of registration, not that of the calls.
+        patterns: Shell patterns; layers that match none under any of their names are kept dense.
         keep_ends: Keep the first and the last layer dense, as the paper does.
 
     Raises:
         UsageError: If a pattern matches no layer.
-        UnsupportedError: If the model has no parameters, or does not run on the inputs.
+        UnsupportedError: If the model has no parameters, is a single layer, contains itself, or
+            does not run on the inputs.
     """
     if next(model.parameters(), None) is None and next(model.buffers(), None) is None:
         raise UnsupportedError("the model has no parameters: there is nothing to compress")
@@ -112,7 +116,7 @@ def find_layers(
         for module, paths in names.items()
     ]
     if calls is not None:
-        order = {paths: rank for rank, module in enumerate(calls) for paths in [names[module][0]]}
+        order = {names[module][0]: place for place, module in enumerate(calls)}
         layers.sort(key=lambda layer: order.get(layer.name, len(order)))
     layers = _select(layers, patterns)
     return _keep_ends(layers) if keep_ends else layers
@@ -137,14 +141,62 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = value
 
 
+@contextmanager
+def trial(model: nn.Module, training: bool = False) -> Iterator[None]:
+    """Run a block in eval or train mode, without gradients and with fixed random numbers.
+
+    Modes, buffers and the random state of Python, NumPy and torch are afterwards as before.
+    """
+    with _kept_buffers(model), _fixed_randomness(model), mode(model, training), torch.no_grad():
+        yield
+
+
+@contextmanager
+def _kept_buffers(model: nn.Module) -> Iterator[None]:
+    tables = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    values = [(buffer, _version(buffer), buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for table, before in tables:
+            table.clear()
+            table.update(before)
+        for buffer, version, value in values:
+            if _version(buffer) != version:
+                buffer.copy_(value)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+@contextmanager
+def _fixed_randomness(model: nn.Module) -> Iterator[None]:
+    python, arrays = random.getstate(), np.random.get_state()
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            # Not torch.manual_seed, which reaches devices whose state is not kept here.
+            torch.default_generator.manual_seed(0)
+            for device in devices:
+                torch.cuda.default_generators[device].manual_seed(0)
+            random.seed(0)
+            np.random.seed(0)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
+
+
 def trace(
     model: nn.Module, modules: Sequence[nn.Module], inputs: Sequence[Any]
 ) -> dict[nn.Module, list[Call]]:
     """How one eval-mode forward pass calls some modules, in order of the first call.
 
     Raises:
-        UnsupportedError: If the model does not run on the inputs.
+        UnsupportedError: If the model is lazy, or does not run on the inputs.
     """
+    refuse_lazy(model)
     seen: dict[nn.Module, list[Call]] = {}
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -153,18 +205,41 @@ def trace(
 
     handles = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in modules]
     try:
-        with mode(model, training=False), torch.no_grad():
-            model(*inputs)
+        with trial(model):
+            model(*copies(inputs))
     except Exception as error:
         shapes = ", ".join(str(tuple(i.shape)) for i in inputs if isinstance(i, Tensor))
         raise UnsupportedError(
-            f"the model does not run on an input of shape {shapes}: {_first_line(error)}",
+            f"the model does not run on an input of shape {shapes}: {first_line(error)}",
             "give the shape of one sample with --input-shape, such as 3,224,224",
         ) from error
     finally:
         for handle in handles:
             handle.remove()
     return seen
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def copies(inputs: Sequence[Any]) -> list[Any]:
+    """Arguments of a forward pass that the model may change in place."""
+    return [value.clone() if isinstance(value, Tensor) else value for value in inputs]
+
+
+def refuse_lazy(model: nn.Module) -> None:
+    """Refuse a model some of whose parameters have no shape yet.
+
+    Raises:
+        UnsupportedError: Naming the first of them.
+    """
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise UnsupportedError(
+                f"the model is lazy: {name} has no shape yet", "run one batch through it first"
+            )
 
 
 def unknown_name(wanted: str, known: Sequence[str], what: str) -> UsageError:
@@ -175,9 +250,12 @@ def unknown_name(wanted: str, known: Sequence[str], what: str) -> UsageError:
 
 def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
     names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if name and _is_weight_layer(module):
-            names.setdefault(module, []).append(name)
+    try:
+        for name, module in model.named_modules(remove_duplicate=False):
+            if name and _is_weight_layer(module):
+                names.setdefault(module, []).append(name)
+    except RecursionError as error:
+        raise UnsupportedError("the model's modules contain themselves") from error
     if not names and _is_weight_layer(model):
         raise UnsupportedError(
             f"the model is itself a single {type(model).__name__}",
@@ -209,20 +287,25 @@ def _reason(
     model: nn.Module, module: nn.Module, paths: Sequence[str], users: Mapping[int, int]
 ) -> str | None:
     return (
-        _reason_of_class(module)
-        or _reason_of_owner(model, paths)
+        _reason_of_owner(model, paths)
+        or _reason_of_class(module)
         or _reason_of_weight(module, users)
+        or _reason_of_instance(module)
         or _reason_of_geometry(spec_of(module))
     )
 
 
 def _reason_of_class(module: nn.Module) -> str | None:
-    if type(module) not in KINDS.values() and not isinstance(
-        module, nn.modules.lazy.LazyModuleMixin
-    ):
-        if parametrize.is_parametrized(module):
-            return "its weight is computed by a parametrization: remove that first"
-        return f"a {type(module).__name__} is more than the layer it derives from"
+    if not isinstance(module, tuple(KINDS.values())):
+        return "a quantized layer: its weight is packed integers"
+    if type(module) in KINDS.values() or isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return None
+    if parametrize.is_parametrized(module):
+        return "its weight is computed by a parametrization: remove that first"
+    return f"a {type(module).__name__} is more than the layer it derives from"
+
+
+def _reason_of_instance(module: nn.Module) -> str | None:
     if any(getattr(module, hooks) for hooks in _HOOKS):
         return "it has hooks, which a replacement would lose"
     if "forward" in vars(module):
@@ -241,8 +324,14 @@ def _reason_of_owner(model: nn.Module, paths: Sequence[str]) -> str | None:
 
 
 def is_factorization(module: nn.Sequential) -> bool:
-    """Whether a Sequential is nothing but linear maps in a row, as a factorized layer is."""
-    return len(module) > 1 and all(type(stage) in KINDS.values() for stage in module)
+    """Whether a Sequential is nothing but linear maps in a row, as a factorized layer is.
+
+    One that starts with a depthwise convolution is not: no method puts it there, but models of
+    depthwise-separable convolutions do.
+    """
+    if len(module) < 2 or any(type(stage) not in KINDS.values() for stage in module):
+        return False
+    return _reason_of_geometry(spec_of(module[0])) is None
 
 
 def _reason_of_weight(module: nn.Module, users: Mapping[int, int]) -> str | None:
@@ -255,7 +344,7 @@ def _reason_of_weight(module: nn.Module, users: Mapping[int, int]) -> str | None
         (weight.is_meta, "on the meta device: it has no data"),
         (weight.layout != torch.strided, "its weight is sparse"),
         (weight.is_complex(), "its weight is complex"),
-        (not weight.is_floating_point(), f"its weight is {weight.dtype}, not floating point"),
+        (weight.dtype not in _DTYPES, f"its weight is {weight.dtype}"),
         (weight.numel() == 0, "its weight is empty"),
         (users[id(weight)] > 1, "its weight is tied to another layer's"),
     )
@@ -272,22 +361,28 @@ def _reason_of_geometry(spec: LayerSpec) -> str | None:
 
 
 def _select(layers: list[Layer], patterns: Sequence[str]) -> list[Layer]:
-    names = [layer.name for layer in layers]
+    chosen = {layer for layer in layers if not patterns}
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise unknown_name(pattern, names, "layer")
-    if not patterns:
-        return layers
+        found = {layer for layer in layers if _matches(layer, pattern)}
+        if not found:
+            raise unknown_name(pattern, [layer.name for layer in layers], "layer")
+        chosen |= found
     return [
-        layer
-        if any(fnmatchcase(layer.name, pattern) for pattern in patterns)
-        else replace(layer, reason=layer.reason or "not selected")
+        layer if layer in chosen else replace(layer, reason=layer.reason or "not selected")
         for layer in layers
     ]
 
 
+def _matches(layer: Layer, pattern: str) -> bool:
+    return any(fnmatchcase(name, pattern) for name in (layer.name, *layer.aliases))
+
+
 def _keep_ends(layers: list[Layer]) -> list[Layer]:
-    ends = {0: "the first layer is kept dense", len(layers) - 1: "the last layer is kept dense"}
+    # A layer that is never called, such as one that only serves training, is at no end.
+    called = [place for place, layer in enumerate(layers) if layer.calls != ()]
+    if not called:
+        return layers
+    ends = {called[0]: "the first layer is kept dense", called[-1]: "the last layer is kept dense"}
     return [
         replace(layer, reason=layer.reason or ends[i]) if i in ends else layer
         for i, layer in enumerate(layers)
@@ -299,7 +394,3 @@ def _call(module: nn.Module, value: Tensor) -> Call:
     if axes == 0:
         return Call(1, (value[..., 0].numel(),))
     return Call(value.shape[0] if value.ndim > axes + 1 else 1, tuple(value.shape[-axes:]))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]

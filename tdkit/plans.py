@@ -6,8 +6,9 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from tdkit.candidates import Candidate, to_json
 from tdkit.errors import UnreadableFileError, UsageError
@@ -83,15 +84,19 @@ class Plan:
         entries = value.get("moves")
         if not isinstance(entries, Sequence) or isinstance(entries, str):
             raise UsageError(f'{source} has no list of "moves"')
-        seed = value.get("seed", 0)
-        if not isinstance(seed, int):
+        seed, cost, budget = value.get("seed", 0), value.get("cost", "params"), value.get("budget")
+        if type(seed) is not int:
             raise UsageError(f'{source}: "seed" is not a whole number: {seed!r}')
+        if cost not in get_args(Cost):
+            raise UsageError(f'{source}: "cost" is neither params nor macs: {cost!r}')
+        if budget is not None and not (type(budget) in (int, float) and math.isfinite(budget)):
+            raise UsageError(f'{source}: "budget" is not a number: {budget!r}')
         moves = tuple(_move(entry, f"{source}, move {i + 1}") for i, entry in enumerate(entries))
         return cls(
             moves=moves,
             seed=seed,
-            budget=value.get("budget"),
-            cost=value.get("cost", "params"),
+            budget=budget,
+            cost=cost,
             metric=value.get("metric"),
             planner=value.get("planner"),
         )
@@ -108,7 +113,7 @@ def read_plan(path: Path) -> Plan:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UnreadableFileError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UnreadableFileError(
             f"{path} is not a JSON file: {error}", "make one with: tdkit compress MODEL --dry-run"
         ) from error
@@ -127,7 +132,7 @@ def choose(
     """Let a planner choose so that the model's cost falls to the budget.
 
     Args:
-        candidates: The scored grid.
+        candidates: The scored grid; those whose error is not a finite number are passed over.
         planner: Sees savings and squared errors only.
         total: The whole model's cost.
         budget: The fraction of it that may remain.
@@ -137,16 +142,20 @@ def choose(
     Raises:
         UsageError: If the budget is out of reach; the message names the smallest reachable one.
     """
-    allowed = math.floor(budget * total + 1e-9)
+    errors = [c.errors[metric] for c in candidates]
+    # Relative to the largest, so that no square over- or underflows.
+    largest = max(filter(math.isfinite, errors), default=0.0) or 1.0
     options = [
-        Option(c.layer, saving, c.errors[metric] ** 2, index)
-        for index, c in enumerate(candidates)
-        if (saving := _saving(c, cost)) > 0
+        Option(c.layer, saving, (error / largest) ** 2, index)
+        for index, (c, error) in enumerate(zip(candidates, errors, strict=True))
+        if (saving := _saving(c, cost)) > 0 and math.isfinite(error)
     ]
+    # In fractions, so that 0.29 of 100 is 29 and the smallest budget named is in reach.
+    allowed = math.floor(Fraction(str(float(budget))) * total)
     try:
         chosen = planner(options, total - allowed)
     except UnreachableError as error:
-        smallest = math.ceil((total - error.most) / total * 1e4) / 1e4
+        smallest = math.ceil(Fraction(total - error.most, total) * 10**4) / 10**4
         raise UsageError(
             f"a budget of {budget:g} is out of reach: the smallest reachable is {smallest:g}",
             "score lower keeps, more --methods, or let the first and last layer in with"

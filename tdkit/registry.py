@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -25,6 +27,7 @@ from tdkit.hookspecs import (
 
 _BUILTINS = ("decompositions", "metrics", "models", "datasets", "planners")
 _NAME = re.compile(r"[a-z0-9-]+")
+_FEW = 12
 
 _R = TypeVar("_R", bound=Record)
 
@@ -37,7 +40,7 @@ class Provider:
         name: Its distribution, or ``tdkit`` for the built-ins.
         version: The distribution's version.
         provides: The names it registered, by hook.
-        failure: Why it, or a part of it, is not used; None when all is well.
+        failure: Why nothing of it is used; None when all is well.
     """
 
     name: str
@@ -67,18 +70,26 @@ class Registry:
     providers: tuple[Provider, ...]
 
 
+class _RefusedError(Exception):
+    """A plugin that breaks the contract; the message says how."""
+
+
 def lookup(records: Mapping[str, _R], name: str, kind: str) -> _R:
-    """The record of a name; underscores count as hyphens.
+    """The record of a name; underscores count as hyphens, and case does not matter.
 
     Raises:
         UsageError: Naming the close names when there is no such record.
     """
-    import difflib
-
-    record = records.get(name) or records.get(name.replace("_", "-"))
+    canonical = name.strip().lower().replace("_", "-")
+    record = records.get(name) or records.get(canonical)
     if record is None:
-        close = difflib.get_close_matches(name, records, n=3, cutoff=0.5) or sorted(records)[:8]
-        raise UsageError(f"no {kind} named {name!r}", f"known: {', '.join(close)}")
+        close = difflib.get_close_matches(canonical, records, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        if len(records) <= _FEW:
+            hint += f"known: {', '.join(records)}"
+        else:
+            hint += "tdkit plugins lists them all"
+        raise UsageError(f"no {kind} named {name!r}", hint)
     return record
 
 
@@ -86,7 +97,8 @@ def load_registry(plugins: Iterable[EntryPoint] | None = None) -> Registry:
     """Load the built-ins and every installed plugin.
 
     A plugin that fails to import, has a misspelt hook, returns the wrong type or a wrong name is
-    left out with its reason in ``providers``; everything else goes on.
+    left out as a whole, with a RuntimeWarning and its reason in ``providers``; everything else
+    goes on.
 
     Args:
         plugins: The entry points to load; by default those of the group ``tdkit``.
@@ -98,7 +110,11 @@ def load_registry(plugins: Iterable[EntryPoint] | None = None) -> Registry:
     manager.add_hookspecs(hookspecs)
     loaded = [_builtin(manager)]
     for entry in entry_points(group="tdkit") if plugins is None else plugins:
-        loaded.append(_plugin(manager, entry))
+        provider, records = _plugin(manager, entry)
+        loaded.append((provider, records))
+        if provider.failure:
+            message = f"the plugin {provider.name} {provider.version} is not used"
+            warnings.warn(f"{message}: {provider.failure}", RuntimeWarning, stacklevel=2)
     tables: dict[str, dict[str, Record]] = {hook: {} for hook in hookspecs.HOOKS}
     owners: dict[tuple[str, str], str] = {}
     for provider, records in loaded:
@@ -139,23 +155,32 @@ def _plugin(manager: pluggy.PluginManager, entry: EntryPoint) -> tuple[Provider,
     try:
         plugin = entry.load()
         manager.register(plugin)
-        _refuse_misspelt(manager, plugin)
+        _check_hooks(manager, plugin)
         records = _collect(manager, plugin)
-    except Exception as error:  # a plugin may fail in any way; the others must not
-        # pluggy keeps a plugin registered whose validation failed.
+    except (Exception, SystemExit) as error:  # it may fail in any way; the others must not
+        # pluggy may keep a plugin registered whose validation failed.
         if plugin is not None and manager.is_registered(plugin):
             manager.unregister(plugin)
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-        return Provider(name, version, {}, f"{type(error).__name__}: {reason}"), []
+        return Provider(name, version, {}, _reason(error)), []
     return Provider(name, version, _by_hook(records)), records
 
 
-def _refuse_misspelt(manager: pluggy.PluginManager, plugin: Any) -> None:
+def _reason(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or ["no message"]
+    if isinstance(error, _RefusedError | pluggy.PluginValidationError):
+        return " ".join(line.strip() for line in lines)
+    return f"{type(error).__name__}: {lines[0]}"
+
+
+def _check_hooks(manager: pluggy.PluginManager, plugin: Any) -> None:
     callers = manager.get_hookcallers(plugin) or []
-    unknown = [caller.name for caller in callers if not caller.has_spec()]
-    if unknown:
-        known = ", ".join(hookspecs.HOOKS)
-        raise UsageError(f"no hook is called {', '.join(unknown)}; the hooks are {known}")
+    if not callers:
+        raise _RefusedError("it implements no hook; is @hookimpl missing above its functions?")
+    for caller in callers:
+        # pluggy accepts any name until check_pending().
+        if not caller.has_spec():
+            close = difflib.get_close_matches(caller.name, hookspecs.HOOKS, n=1, cutoff=0)
+            raise _RefusedError(f"there is no hook {caller.name}; did you mean {close[0]}?")
 
 
 def _collect(manager: pluggy.PluginManager, plugin: Any) -> _Records:
@@ -169,14 +194,19 @@ def _collect(manager: pluggy.PluginManager, plugin: Any) -> _Records:
 
 def _checked(returned: Any, hook: str, expected: type[Record]) -> Iterator[Record]:
     if not isinstance(returned, list):
-        raise TypeError(f"{hook} returned a {type(returned).__name__}, not a list")
+        raise _RefusedError(f"{hook} returned a {type(returned).__name__}, not a list")
+    names = set()
     for record in returned:
         if not isinstance(record, expected):
-            raise TypeError(
-                f"{hook} returned a {type(record).__name__} where a {expected.__name__} belongs"
-            )
-        if not _NAME.fullmatch(record.name):
-            raise ValueError(f"{hook}: the name {record.name!r} does not match [a-z0-9-]+")
+            kind = type(record).__name__
+            raise _RefusedError(f"{hook} returned a {kind} where a {expected.__name__} belongs")
+        if not isinstance(record.name, str) or not _NAME.fullmatch(record.name):
+            raise _RefusedError(f"{hook}: the name {record.name!r} does not match [a-z0-9-]+")
+        if not callable(record.create):
+            raise _RefusedError(f"{hook}: create of {record.name!r} cannot be called")
+        if record.name in names:
+            raise _RefusedError(f"{hook} returned two records named {record.name!r}")
+        names.add(record.name)
         yield record
 
 

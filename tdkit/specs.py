@@ -194,7 +194,7 @@ class LayerSpec:
                 k: tuple(v) if isinstance(v, list) else v for k, v in value.items()
             }
             spec = cls(**fields)
-        except TypeError as error:
+        except (AttributeError, TypeError) as error:
             raise UsageError(f"not a layer description: {value!r}") from error
         if spec.kind not in KINDS:
             raise UsageError(f"unknown kind of layer {spec.kind!r}")
@@ -207,7 +207,9 @@ def spec_of(module: nn.Module) -> LayerSpec:
     Raises:
         KeyError: If the module is of another class.
     """
-    kind = next(kind for kind, cls in KINDS.items() if isinstance(module, cls))
+    kind = next((kind for kind, cls in KINDS.items() if isinstance(module, cls)), None)
+    if kind is None:
+        raise KeyError(f"a {type(module).__name__} is no convolution and not linear")
     bias = module._parameters.get("bias") is not None
     fields: Any = module
     if kind == "Linear":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
+import traceback
 import warnings
 from typing import Any, NoReturn
 
@@ -58,17 +60,30 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         warnings.simplefilter("ignore")
     try:
         app([argument for argument in arguments if argument != "--debug"])
+    except _StoppedError as stop:
+        typer.echo("\nstopped; no half-written file is left", err=True)
+        raise SystemExit(128 + stop.number) from None
     except Exception as error:
         if debug:
-            raise
+            traceback.print_exc()
         _explain(error)
     raise SystemExit(0)
 
 
+class _StoppedError(BaseException):
+    """A signal, as an exception, so that every half-written file is removed on the way out.
+
+    Neither a KeyboardInterrupt, which typer answers itself, nor a SystemExit, which is what plugins
+    and architectures are forgiven when they are imported.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 def _stop(number: int, _frame: Any) -> NoReturn:
-    # As an exception, so that every file half-written is removed on the way out.
-    typer.echo("\nstopped; no output was written", err=True)
-    raise SystemExit(128 + number)
+    raise _StoppedError(number)
 
 
 def _explain(error: Exception) -> NoReturn:
@@ -77,6 +92,9 @@ def _explain(error: Exception) -> NoReturn:
     elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         status, message = 1, "out of memory"
         hint = "try --device cpu, fewer --methods or a smaller --batch-size"
+    elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        # Files are the library's to explain; what is left is standard output.
+        status, message, hint = 6, "there is no room left for the output", "free some space"
     else:
         first = (str(error) or type(error).__name__).strip().splitlines()[0]
         status, message = 1, f"unexpected {type(error).__name__}: {first}"

@@ -39,22 +39,26 @@ def apply(
     Example: `tdkit apply plan.json garipov -o small.pt`
     """
     from tdkit.api import resolve_methods
-    from tdkit.cli.common import Source, image_size, open_dataset, open_model
+    from tdkit.cli.common import Source, image_size, open_dataset, open_model, open_registry
     from tdkit.cli.finish import Destination, finish
     from tdkit.compression import apply_plan
     from tdkit.plans import read_plan
-    from tdkit.registry import load_registry
 
     start = time.perf_counter()
-    registry = load_registry()
+    registry = open_registry()
     wanted = read_plan(plan)
     methods = resolve_methods(registry, sorted({move.method for move in wanted.moves}))
-    source = Source(model, arch, weights, allow_class or (), unsafe_load, input_shape, device)
+    classes = allow_class or ()
+    # The plan's seed, so that random weights are those that the plan was made for.
+    source = Source(
+        model, arch, weights, classes, unsafe_load, input_shape, device, seed=wanted.seed
+    )
     size = image_size(source, registry)
     dataset = open_dataset(data, registry, data_root, size) if data else None
     opened = open_model(source, registry, dataset)
     default = f"{opened.name}-{plan.stem.removesuffix('.plan')}"
-    destination = Destination.of(opened, output, default, format, force, model)
+    destination = Destination.of(opened, output, default, format, force, inputs=[model, plan])
+    destination.check()
     result = apply_plan(opened.model, wanted, methods, inputs=opened.inputs())
     test = dataset.test if dataset else None
     finish(opened, result, destination, test=test, batch=batch_size, start=start, json=json)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ class Source:
         unsafe: Whether the file may run code.
         input_shape: Shape of one sample as typed.
         device: cpu, cuda or auto.
+        seed: Of random weights.
     """
 
     model: str
@@ -40,6 +42,7 @@ class Source:
     unsafe: bool = False
     input_shape: str | None = None
     device: str = "auto"
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,14 @@ class Opened:
         """A short name for files made from the model."""
         return Path(self.loaded.source).stem
 
+    def require_shape(self, purpose: str) -> None:
+        """Refuse what takes a forward pass when the shape of the input is unknown."""
+        if self.shape is None:
+            raise UsageError(
+                f"{purpose} runs the model, and the shape of its input is unknown",
+                "give it with --input-shape, such as 3,224,224",
+            )
+
     def inputs(self, batch: int = 2) -> tuple[Tensor] | None:
         """Random inputs, or None when the shape is unknown."""
         from tdkit.compression import random_inputs
@@ -68,21 +79,40 @@ class Opened:
         return None if self.shape is None else random_inputs(self.model, self.shape, batch)
 
 
+def open_registry(*, tell: bool = True) -> Registry:
+    """Everything that can be named; unless told not to, report plugins that are not used."""
+    from tdkit.cli.display import note
+    from tdkit.registry import load_registry
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        registry = load_registry()
+    for provider in registry.providers:
+        if tell and provider.failure:
+            title = f"the plugin {provider.name} {provider.version}"
+            note(f"{title} is not used: {provider.failure}")
+    return registry
+
+
 def open_model(source: Source, registry: Registry, dataset: Dataset | None = None) -> Opened:
     """Read a model and settle the shape of its input: typed, the data's, or the model's own."""
+    import torch
+
     from tdkit.checkpoint import load_model
     from tdkit.layers import unwrap
 
     device = pick_device(source.device)
     typed = parse_shape(source.input_shape) if source.input_shape else None
-    loaded = load_model(
-        source.model,
-        models=registry.models,
-        arch=source.arch,
-        weights=source.weights,
-        allow_classes=tuple(source.allow_classes),
-        unsafe=source.unsafe,
-    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(source.seed % 2**63)
+        loaded = load_model(
+            source.model,
+            models=registry.models,
+            arch=source.arch,
+            weights=source.weights,
+            allow_classes=tuple(source.allow_classes),
+            unsafe=source.unsafe,
+        )
     shape = typed or (dataset.input_shape if dataset else None) or loaded.input_shape
     return Opened(loaded, unwrap(loaded.model).to(device), shape)
 
@@ -159,14 +189,19 @@ def parse_fraction(text: str, option: str) -> float:
     return value
 
 
-def parse_names(text: str | None) -> list[str] | None:
+def parse_names(text: str | None, option: str) -> list[str] | None:
     """Read a comma-separated list; None stays None."""
-    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise UsageError(f"{option} {text!r} names nothing", "separate names by commas")
+    return names
 
 
 def parse_keeps(text: str | None, default: Sequence[float]) -> tuple[float, ...]:
     """Read keeps such as 0.5,0.25."""
-    names = parse_names(text)
+    names = parse_names(text, "--keeps")
     return tuple(default) if names is None else tuple(parse_fraction(k, "--keeps") for k in names)
 
 

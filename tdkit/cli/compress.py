@@ -14,7 +14,8 @@ from tdkit.cli import options
 def compress(
     model: options.Model,
     budget: Annotated[
-        str, typer.Option("--budget", "-b", help="Fraction of the model that may remain.")
+        str,
+        typer.Option("--budget", "-b", help="Fraction of the model that may remain: 0.5 or 50%."),
     ] = "0.5",
     cost: Annotated[str, typer.Option(help="What the budget counts: params or macs.")] = "params",
     output: Annotated[
@@ -63,22 +64,25 @@ def compress(
         image_size,
         open_dataset,
         open_model,
+        open_registry,
         parse_fraction,
         parse_keeps,
         parse_names,
     )
     from tdkit.cli.display import progress_bar, stdout
-    from tdkit.cli.finish import Destination, finish
+    from tdkit.cli.finish import Destination, finish, print_notes
     from tdkit.compression import Goal, compress_model
-    from tdkit.registry import load_registry, lookup
+    from tdkit.registry import lookup
 
     start = time.perf_counter()
-    goal = Goal(parse_fraction(budget, "--budget"), cost, metric, planner)  # type: ignore[arg-type]
-    registry = load_registry()
-    source = Source(model, arch, weights, allow_class or (), unsafe_load, input_shape, device)
+    fraction = parse_fraction(budget, "--budget")
+    registry = open_registry()
     metrics = resolve_metrics(registry, [metric])
+    chooser = lookup(registry.planners, planner, "planner")
+    goal = Goal(fraction, cost, metrics[0].name, chooser.name)  # type: ignore[arg-type]
+    source = Source(model, arch, weights, allow_class or (), unsafe_load, input_shape, device, seed)
     grid = Grid(
-        resolve_methods(registry, parse_names(methods)),
+        resolve_methods(registry, parse_names(methods, "--methods")),
         metrics,
         parse_keeps(keeps, COMPRESSION_KEEPS),
         "best",
@@ -87,15 +91,19 @@ def compress(
     size = image_size(source, registry)
     dataset = open_dataset(data, registry, data_root, size, seed) if data else None
     opened = open_model(source, registry, dataset)
+    if cost == "macs":
+        opened.require_shape("counting MACs")
     default = f"{opened.name}-{goal.budget:g}"
-    destination = Destination.of(opened, output, default, format, force, model)
+    destination = Destination.of(opened, output, default, format, force, inputs=[model])
+    if not dry_run:
+        destination.check()
     needs_data = any(m.target == "features" for m in metrics)
-    with progress_bar("scoring") as progress:
+    with progress_bar("scoring", then="replacing and verifying") as progress:
         result = compress_model(
             opened.model,
             grid,
             goal,
-            lookup(registry.planners, planner, "planner").create(),
+            chooser.create(),
             inputs=opened.inputs(),
             batches=feature_batches(dataset, samples, opened.model) if needs_data else [],
             patterns=layers or (),
@@ -104,6 +112,7 @@ def compress(
         )
     if dry_run:
         stdout().out(file_json(result.plan.to_json()), end="")
+        print_notes(opened, result)
         return
     test = dataset.test if dataset else None
     finish(opened, result, destination, test=test, batch=batch_size, start=start, json=json)

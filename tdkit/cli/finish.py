@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,18 +27,23 @@ class Destination:
         path: The model file.
         format: One of :data:`tdkit.checkpoint.FORMATS`.
         force: Whether existing files are replaced.
-        source: The input, which is never overwritten.
+        inputs: Files that are never overwritten.
     """
 
     path: Path
     format: str
     force: bool
-    source: str
+    inputs: tuple[str | Path, ...]
 
     @property
     def plan(self) -> Path:
         """The plan file beside the model."""
         return self.path.with_name(self.path.stem + ".plan.json")
+
+    @property
+    def has_plan(self) -> bool:
+        """Whether the plan file is itself an input, which stays as it is."""
+        return any(_is_same(self.plan, Path(source)) for source in self.inputs)
 
     @classmethod
     def of(
@@ -47,24 +53,35 @@ class Destination:
         default: str,
         format: str | None,
         force: bool,
-        source: str,
+        inputs: Sequence[str | Path],
     ) -> Destination:
-        """Settle path and format, and refuse early what could not be written at the end."""
-        from tdkit.checkpoint import FORMATS, check_writable, default_format
+        """Settle path and format, and refuse a format that the model cannot have.
+
+        Args:
+            opened: The dense model.
+            output: The path, where the user named it.
+            default: The path without its suffix, where the user did not.
+            format: The format, where the user named it.
+            force: Whether existing files are replaced.
+            inputs: Files that are never overwritten.
+        """
+        from tdkit.checkpoint import FORMATS, default_format
 
         if format is not None and format not in FORMATS:
             raise UsageError(f"unknown format {format!r}", f"it is one of {', '.join(FORMATS)}")
         format = format or default_format(opened.loaded, output)
+        if format in ("onnx", "pt2"):
+            opened.require_shape(f"exporting to {format}")
         path = output or Path(default + _SUFFIXES.get(format, ".pt"))
-        if format in ("onnx", "pt2") and opened.shape is None:
-            raise UsageError(
-                f"exporting to {format} runs the model, and the shape of its input is unknown",
-                "give it with --input-shape, such as 3,224,224",
-            )
-        result = cls(path, format, force, source)
-        for target in (result.path, result.plan):
-            check_writable(target, force=force, inputs=[source])
-        return result
+        return cls(path, format, force, tuple(inputs))
+
+    def check(self) -> None:
+        """Refuse early what could not be written at the end."""
+        from tdkit.checkpoint import check_writable
+
+        check_writable(self.path, force=self.force, inputs=self.inputs)
+        if not self.has_plan:
+            check_writable(self.plan, force=self.force, inputs=self.inputs)
 
 
 def finish(
@@ -79,10 +96,10 @@ def finish(
 ) -> None:
     """Measure the compressed model, write it with its plan, and print the report."""
     from tdkit.cli.common import file_json
-    from tdkit.cli.display import stderr, stdout
+    from tdkit.cli.display import say, stdout, waiting
     from tdkit.reports import measure, summary
 
-    with stderr().status("measuring"):
+    with waiting("measuring"):
         report = measure(opened.model, result, inputs=opened.inputs(batch), test=test)
     _write(opened, result, destination)
     if json:
@@ -94,12 +111,25 @@ def finish(
             plan=str(destination.plan),
         )
         stdout().out(file_json(value), end="")
-        return
-    _print(result, report)
-    remark = f"{destination.path} ({destination.format}), plan in {destination.plan}"
-    stdout().print(f"\nwrote {remark}, {time.perf_counter() - start:.0f} s in all")
-    for note in (*opened.loaded.notes, *_remarks(result)):
-        stderr().print(f"note: {note}")
+    else:
+        _print(result, report)
+        files = f"{destination.path} ({destination.format}), plan in {destination.plan}"
+        say(f"\nwrote {files}, {time.perf_counter() - start:.0f} s in all")
+    print_notes(opened, result)
+
+
+def print_notes(opened: Opened, result: Compression) -> None:
+    """Tell on stderr what the user should know about the model and its compression."""
+    from tdkit.cli.display import note
+
+    for text in opened.loaded.notes:
+        note(text)
+    for name, reason in result.put_back.items():
+        note(f"{name} was put back: {reason}")
+    if not result.plan.moves:
+        note("nothing was replaced")
+    if not result.verified:
+        note("not verified and not timed: that takes --input-shape, such as 3,224,224")
 
 
 def _write(opened: Opened, result: Compression, destination: Destination) -> None:
@@ -107,51 +137,57 @@ def _write(opened: Opened, result: Compression, destination: Destination) -> Non
     from tdkit.cli.common import file_json
 
     plan = result.plan.to_json()
-    save_model(
-        result.model,
-        destination.path,
-        format=destination.format,
-        force=destination.force,
-        inputs=[destination.source],
-        plan=plan,
-        structure=result.structure,
-        arch=opened.loaded.arch,
-        input_shape=opened.shape,
-        arch_options=opened.loaded.arch_options,
-    )
-    with atomic_write(destination.plan, force=destination.force, inputs=[]) as temporary:
+
+    def save() -> None:
+        save_model(
+            result.model,
+            destination.path,
+            format=destination.format,
+            force=destination.force,
+            inputs=destination.inputs,
+            plan=plan,
+            structure=result.structure,
+            arch=opened.loaded.arch,
+            input_shape=opened.shape,
+            arch_options=opened.loaded.arch_options,
+        )
+
+    if destination.has_plan:
+        save()
+        return
+    # The plan takes its name last, when the model is safe; a full disk leaves neither.
+    force, inputs = destination.force, destination.inputs
+    with atomic_write(destination.plan, force=force, inputs=inputs) as temporary:
         temporary.write_text(file_json(plan), encoding="utf-8")
+        save()
 
 
-def _remarks(result: Compression) -> list[str]:
-    remarks = [f"{name} was put back: {reason}" for name, reason in result.put_back.items()]
-    if not result.verified:
-        remarks.append("not verified and not timed: that takes --input-shape, such as 3,224,224")
-    return remarks
+def _is_same(path: Path, source: Path) -> bool:
+    return path.exists() and source.exists() and path.samefile(source)
 
 
 def _print(result: Compression, report: Report) -> None:
-    from tdkit.cli.display import number, percent, rank_text, stdout, table
+    from tdkit.cli.display import number, percent, say, show, sizes, table
 
-    console = stdout()
-    numbers = ("parameters", "→", "kept", "error")
+    numbers = ("parameters", "after", "kept", "error")
     view = table(None, "layer", "method", "rank", *numbers, right=numbers)
     details = {candidate.layer: candidate for candidate in result.plan.candidates}
-    sizes = {layer.name: layer.parameters for layer in result.layers}
+    dense = {layer.name: layer.parameters for layer in result.layers}
     for move in result.plan.moves:
-        before = sizes[move.layer]
+        before = dense[move.layer]
         after = sum(stage.parameters for stage in result.structure[move.layer])
         known = details.get(move.layer)
         errors = "–" if known is None else f"{next(iter(known.errors.values())):.4f}"
         row = (number(before), number(after), percent(after, before), errors)
-        view.add_row(move.layer, move.method, rank_text(move.rank), *row)
-    console.print(view)
-    console.print()
+        view.add_row(move.layer, move.method, sizes(move.rank), *row)
+    if result.plan.moves:
+        show(view)
+        say("")
     columns = ("before", "after", "ratio")
     totals = table(None, "", *columns, right=columns)
     for row in _totals(report):
         totals.add_row(*row)
-    console.print(totals)
+    show(totals)
 
 
 def _totals(report: Report) -> list[tuple[str, str, str, str]]:
@@ -169,7 +205,8 @@ def _totals(report: Report) -> list[tuple[str, str, str, str]]:
     rows.append(("file size", *sizes, percent(after, before)))
     if (latency := report.latency) is not None:
         dense, small = latency.milliseconds
-        where = f"batch {latency.batch}, {latency.threads} threads, {latency.device}"
+        threads = f"{latency.threads} thread" + ("s" if latency.threads > 1 else "")
+        where = f"batch {latency.batch}, {threads}, {latency.device}"
         times = f"{dense:.1f} ms", f"{small:.1f} ms"
         rows.append((f"latency ({where})", *times, f"{dense / small:.2f}× as fast"))
     if report.accuracy is not None:

@@ -7,6 +7,10 @@ from typing import TYPE_CHECKING, Any
 from tdkit.cli import options
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rich.table import Table
+
     from tdkit.layers import Layer
 
 
@@ -30,14 +34,13 @@ def inspect(
 
     from tdkit.api import resolve_methods
     from tdkit.candidates import unsupported_by_all
-    from tdkit.cli.common import Source, file_json, open_model
-    from tdkit.cli.display import stdout
+    from tdkit.cli.common import Source, file_json, open_model, open_registry
+    from tdkit.cli.display import note, stdout
     from tdkit.compression import one_sample
     from tdkit.costs import model_parameters
     from tdkit.layers import find_layers
-    from tdkit.registry import load_registry
 
-    registry = load_registry()
+    registry = open_registry()
     source = Source(model, arch, weights, allow_class or (), unsafe_load, input_shape, device)
     opened = open_model(source, registry)
     methods = resolve_methods(registry, list(registry.decompositions))
@@ -54,34 +57,49 @@ def inspect(
     if json:
         value = {"parameters": total, "macs": _sum_macs(found), "layers": [_row(x) for x in found]}
         stdout().out(file_json(value), end="")
-        return
-    _print(found, total, opened.shape)
+    else:
+        _print(found, total, opened.shape)
+    for text in opened.loaded.notes:
+        note(text)
 
 
 def _print(layers: list[Layer], total: int, shape: tuple[int, ...] | None) -> None:
-    from tdkit.cli.display import number, percent, stdout, table
+    from tdkit.cli.display import fits, number, percent, say, show, sizes
+
+    view, footnotes = _table(layers, {}), []
+    if not fits(view):
+        reasons = dict.fromkeys(layer.reason for layer in layers if layer.reason)
+        marks = {reason: f"[{place}]" for place, reason in enumerate(reasons, start=1)}
+        view = _table(layers, {reason: f" {mark}" for reason, mark in marks.items()})
+        footnotes = ["", *(f"{mark} {reason}" for reason, mark in marks.items())]
+    show(view)
+    for line in footnotes:
+        say(line)
+    open_parameters = sum(layer.parameters for layer in layers if layer.reason is None)
+    say(
+        f"\n{len(layers)} layers; {number(total)} parameters,"
+        f" {percent(open_parameters, total)} of them compressible"
+    )
+    if shape is None:
+        say("MACs need the shape of one input: --input-shape C,H,W")
+    else:
+        say(f"{number(_sum_macs(layers))} MACs for one input of {sizes(shape)}")
+
+
+def _table(layers: list[Layer], marks: Mapping[str, str]) -> Table:
+    """One row per layer; a reason that has a mark stands outside the table."""
+    from tdkit.cli.display import number, sizes, table
 
     numbers = ("parameters", "MACs")
     view = table(None, "layer", "kind", "weight", *numbers, "compressible", right=numbers)
     for layer in layers:
         names = " = ".join((layer.name, *layer.aliases))
-        weight = " × ".join(map(str, layer.spec.weight_shape)) if layer.spec else "–"
-        answer = "yes" if layer.reason is None else f"no: {layer.reason}"
-        style = None if layer.reason is None else "dim"
+        weight = sizes(layer.spec.weight_shape) if layer.spec else "–"
+        reason = marks.get(layer.reason or "", f": {layer.reason}")
+        answer, style = ("yes", None) if layer.reason is None else (f"no{reason}", "dim")
         row = (names, layer.kind, weight, number(layer.parameters), number(layer.macs), answer)
         view.add_row(*row, style=style)
-    open_parameters = sum(layer.parameters for layer in layers if layer.reason is None)
-    console = stdout()
-    console.print(view)
-    console.print(
-        f"\n{len(layers)} layers; {number(total)} parameters,"
-        f" {percent(open_parameters, total)} of them compressible"
-    )
-    if shape is None:
-        console.print("MACs need the shape of one input: --input-shape 3,224,224")
-    else:
-        size = " × ".join(map(str, shape))
-        console.print(f"{number(_sum_macs(layers))} MACs for one input of {size}")
+    return view
 
 
 def _sum_macs(layers: list[Layer]) -> int | None:

@@ -47,7 +47,10 @@ DataRoot = Annotated[
     typer.Option(help="Folder to look for data sets in first."),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda or auto.")]
-Seed = Annotated[int, typer.Option(help="Seeds every random start; recorded in the plan.")]
+Seed = Annotated[
+    int,
+    typer.Option(min=0, max=2**32 - 1, help="Seeds every random start; recorded in the plan."),
+]
 Methods = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(metavar="NAME,...", help="Decompositions to consider; see tdkit plugins."),

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from tdkit.cli.options import Json
+
+if TYPE_CHECKING:
+    from tdkit.registry import Provider, Registry
+
+_FEW = 12
 
 
 def plugins(json: Json = False) -> None:
@@ -10,22 +17,39 @@ def plugins(json: Json = False) -> None:
 
     Example: `tdkit plugins`
     """
-    from tdkit.cli.display import stdout, table
-    from tdkit.registry import load_registry
+    from tdkit.cli.common import file_json, open_registry
+    from tdkit.cli.display import stdout
 
-    registry = load_registry()
+    registry = open_registry(tell=False)
     if json:
-        from tdkit.cli.common import file_json
-
-        stdout().out(file_json([vars(provider) for provider in registry.providers]), end="")
+        value = {"plugins": [vars(provider) for provider in registry.providers]}
+        stdout().out(file_json(value), end="")
         return
-    view = table(None, "plugin", "version", "kind", "provides")
-    for provider in registry.providers:
-        kinds = {hook.removeprefix("tdkit_"): names for hook, names in provider.provides.items()}
-        if provider.failure:
-            kinds["failed"] = (provider.failure,)
-        for row, (kind, names) in enumerate(kinds.items()):
-            first = (provider.name, provider.version) if row == 0 else ("", "")
-            style = "red" if kind == "failed" else None
-            view.add_row(*first, kind, ", ".join(names), style=style)
-    stdout().print(view)
+    for number, provider in enumerate(registry.providers):
+        _print(provider, registry, first=number == 0)
+
+
+def _print(provider: Provider, registry: Registry, *, first: bool) -> None:
+    from tdkit.cli.display import say, show, table
+
+    say(f"{'' if first else chr(10)}{provider.name} {provider.version}")
+    if provider.failure:
+        say(f"  not used: {provider.failure}")
+        return
+    view = table(None, "", "", "", "")
+    view.show_header = False
+    for hook, names in provider.provides.items():
+        kind = hook.removeprefix("tdkit_")
+        records = getattr(registry, kind)
+        # Eighty summaries of architectures say less than their names.
+        rows = [(name, _summary(records[name])) for name in names]
+        if len(names) > _FEW:
+            rows = [(f"{len(names)} names", ", ".join(names))]
+        for row, (name, summary) in enumerate(rows):
+            view.add_row("", "" if row else kind, name, summary)
+    show(view)
+
+
+def _summary(record: Any) -> str:
+    asked = getattr(record, "default", True)
+    return f"{record.summary}{'' if asked else '; only if named'}"

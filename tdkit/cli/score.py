@@ -49,7 +49,7 @@ def score(
     from tdkit.api import resolve_methods, resolve_metrics
     from tdkit.candidates import PAPER_KEEPS, Grid, to_json
     from tdkit.candidates import score as score_candidates
-    from tdkit.checkpoint import atomic_write
+    from tdkit.checkpoint import atomic_write, check_writable
     from tdkit.cli.common import (
         Source,
         feature_batches,
@@ -57,66 +57,71 @@ def score(
         image_size,
         open_dataset,
         open_model,
+        open_registry,
         parse_keeps,
         parse_names,
     )
-    from tdkit.cli.display import progress_bar, stderr, stdout
+    from tdkit.cli.display import note, progress_bar, say, stdout
     from tdkit.compression import one_sample, own_copy
     from tdkit.decompositions.base import RANK_RULES
     from tdkit.layers import find_layers
-    from tdkit.registry import load_registry
 
     if rule not in RANK_RULES:
         raise UsageError(f"unknown rank rule {rule!r}", f"it is {' or '.join(RANK_RULES)}")
-    registry = load_registry()
-    source = Source(model, arch, weights, allow_class or (), unsafe_load, input_shape, device)
-    size = image_size(source, registry)
-    dataset = open_dataset(data, registry, data_root, size, seed) if data else None
-    opened = open_model(source, registry, dataset)
-    metrics = resolve_metrics(registry, parse_names(metric) or [])
+    registry = open_registry()
+    metrics = resolve_metrics(registry, parse_names(metric, "--metric") or [])
     grid = Grid(
-        resolve_methods(registry, parse_names(methods) or list(registry.decompositions)),
+        resolve_methods(
+            registry, parse_names(methods, "--methods") or list(registry.decompositions)
+        ),
         metrics,
         parse_keeps(keeps, PAPER_KEEPS),
         rule,
         seed,
     )
+    source = Source(model, arch, weights, allow_class or (), unsafe_load, input_shape, device, seed)
+    size = image_size(source, registry)
+    dataset = open_dataset(data, registry, data_root, size, seed) if data else None
+    opened = open_model(source, registry, dataset)
     path = output or Path(f"{opened.name}-scores.json")
+    check_writable(path, force=force, inputs=[model])
+    dense = own_copy(opened.model).eval()
+    found = find_layers(
+        dense,
+        inputs=one_sample(opened.inputs()),
+        patterns=layers or (),
+        keep_ends=not include_ends,
+    )
+    needs_data = any(m.target == "features" for m in metrics)
+    batches = feature_batches(dataset, samples, opened.model) if needs_data else []
+    with progress_bar("scoring", then="scoring") as progress:
+        candidates = score_candidates(dense, found, grid, batches=batches, progress=progress)
+    value = {
+        "tdkit_scores": 1,
+        "model": model,
+        "rule": rule,
+        "seed": seed,
+        "candidates": [to_json(candidate) for candidate in candidates],
+    }
     with atomic_write(path, force=force, inputs=[model]) as temporary:
-        dense = own_copy(opened.model).eval()
-        found = find_layers(
-            dense,
-            inputs=one_sample(opened.inputs()),
-            patterns=layers or (),
-            keep_ends=not include_ends,
-        )
-        needs_data = any(m.target == "features" for m in metrics)
-        batches = feature_batches(dataset, samples, opened.model) if needs_data else []
-        with progress_bar("scoring") as progress:
-            candidates = score_candidates(dense, found, grid, batches=batches, progress=progress)
-        value = {
-            "tdkit_scores": 1,
-            "model": model,
-            "rule": rule,
-            "seed": seed,
-            "candidates": [to_json(candidate) for candidate in candidates],
-        }
         temporary.write_text(file_json(value), encoding="utf-8")
     if json:
         stdout().out(file_json(value), end="")
-        return
-    for name in grid.metrics:
-        _print(candidates, name.name, grid.keeps)
-    stderr().print(f"{len(candidates)} candidates saved in {path}")
+    else:
+        for name in grid.metrics:
+            _print(candidates, name.name)
+        say(f"\nwrote {path}, {len(candidates)} candidates")
+    for text in opened.loaded.notes:
+        note(text)
 
 
-def _print(candidates: Sequence[Candidate], metric: str, keeps: Sequence[float]) -> None:
-    from tdkit.cli.display import rank_text, stdout, table
+def _print(candidates: Sequence[Candidate], metric: str) -> None:
+    from tdkit.cli.display import show, sizes, table
 
     view = table(metric, "layer", "method", "rank", "keep", "error", right=("keep", "error"))
     previous = None
     for c in candidates:
         name = c.layer if c.layer != previous else ""
         previous = c.layer
-        view.add_row(name, c.method, rank_text(c.rank), f"{c.keep:.3f}", f"{c.errors[metric]:.4g}")
-    stdout().print(view)
+        view.add_row(name, c.method, sizes(c.rank), f"{c.keep:.3f}", f"{c.errors[metric]:.4g}")
+    show(view)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -180,7 +181,11 @@ class Prepared:
 
     def _unit_reconstruction(self, rank: Rank) -> Tensor:
         stages = self.method.stages(self.group, rank)
-        return torch.stack([compose(stages, f, self.group) for f in self._factors(rank)])
+        result = torch.stack([compose(stages, f, self.group) for f in self._factors(rank)])
+        if result.shape != self.weight.shape:
+            given, wanted = tuple(result.shape[1:]), tuple(self.weight.shape[1:])
+            raise UnsupportedError(f"the stages amount to a weight of shape {given}, not {wanted}")
+        return result
 
     def _factors(self, rank: Rank) -> list[Sequence[Tensor]]:
         # An error is often followed by the factors of the same rank; more is not worth its memory.
@@ -218,8 +223,9 @@ def check_rank(method: Decomposition, group: LayerSpec, rank: Rank) -> None:
 def compose(stages: Sequence[LayerSpec], weights: Sequence[Tensor], group: LayerSpec) -> Tensor:
     """The dense weight of the linear map that stages amount to.
 
-    Feeds one unit impulse per input channel through the stages, stripped of stride, padding and
-    dilation, and reads the kernel off the output.
+    Of linear layers the product. For convolutions, feeds one unit impulse per input channel
+    through the stages, stripped of stride, padding and dilation, and reads the kernel off the
+    output.
 
     Args:
         stages: Bias-free layers in order.
@@ -229,11 +235,9 @@ def compose(stages: Sequence[LayerSpec], weights: Sequence[Tensor], group: Layer
     Returns:
         (out, in, *kernel), in the dtype of the weights.
     """
-    signal = torch.eye(group.in_channels, dtype=weights[0].dtype, device=weights[0].device)
     if group.kind == "Linear":
-        for weight in weights:
-            signal = functional.linear(signal, weight)
-        return signal.T
+        return reduce(lambda product, weight: weight @ product, weights)
+    signal = torch.eye(group.in_channels, dtype=weights[0].dtype, device=weights[0].device)
     signal = signal.reshape(*signal.shape, *(1 for _ in group.kernel_size))
     for stage, weight in zip(stages, weights, strict=True):
         signal = _impulse_response(stage, weight, signal)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tdkit.errors import UnsupportedError
+from tdkit.layers import copies, first_line, trial
 from tdkit.metrics.base import Metric, absolute, relative, scaled
 
 RELATIVE = Metric("relative-features", "features", relative)
@@ -14,73 +17,79 @@ ABSOLUTE = Metric("absolute-features", "features", absolute)
 SCALED = Metric("scaled-features", "features", scaled)
 
 
-@torch.no_grad()
 def feature_errors(
-    layer: nn.Module,
-    factorized: nn.Module,
-    inputs: Iterable[Tensor],
+    model: nn.Module,
+    stand_ins: Mapping[str, Sequence[nn.Module]],
+    batches: Iterable[Tensor | Sequence[Any]],
     metrics: Sequence[Metric],
-) -> dict[str, float]:
-    """Mean over samples of each metric on the layer's output.
+) -> dict[str, list[dict[str, float]]]:
+    """Mean over samples of each metric on the outputs of layers, in one pass over the data.
+
+    Every stand-in sees what its layer sees in the dense model, right after the layer has run, so
+    that no features are kept.
 
     Args:
-        layer: The original layer.
-        factorized: What stands in for it.
-        inputs: Batches of the layer's input, (batch, ...).
+        model: The dense model; it runs in eval mode and stays as it is.
+        stand_ins: By the name of a layer, the modules to compare with it.
+        batches: Model inputs: a tensor (batch, ...), or several for a model that takes several.
         metrics: Feature metrics.
 
     Returns:
-        The error of every metric, by name.
+        By the name of a layer, for each of its stand-ins the error of every metric. A layer that
+        the data never reaches is left out.
+
+    Raises:
+        UnsupportedError: If the model does not run on the data, or a layer's features are not
+            finite.
     """
-    sums = dict.fromkeys((metric.name for metric in metrics), 0.0)
-    samples = 0
-    for batch in inputs:
-        features = layer(batch).double().flatten(1)
-        difference = features - factorized(batch).double().flatten(1)
-        norms = torch.linalg.vector_norm(features, dim=1).tolist()
-        errors = torch.linalg.vector_norm(difference, dim=1).tolist()
-        samples += len(norms)
-        for metric in metrics:
-            size = features.shape[1]
-            pairs = zip(errors, norms, strict=True)
-            sums[metric.name] += sum(metric.value(error, norm, size) for error, norm in pairs)
-    return {name: total / samples for name, total in sums.items()}
-
-
-def layer_inputs(
-    model: nn.Module, names: Mapping[str, nn.Module], batches: Iterable[Tensor]
-) -> dict[str, list[Tensor]]:
-    """What each named layer receives when the model runs on some batches, in eval mode.
-
-    Args:
-        model: The dense model.
-        names: Its layers by name.
-        batches: Model inputs.
-
-    Returns:
-        For each name its inputs, one tensor per call.
-    """
-    seen: dict[str, list[Tensor]] = {name: [] for name in names}
-
-    def remember(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen[name].append(args[0].detach().clone())
-
-        return hook
-
+    watched = {name: _Watched(name, modules, metrics) for name, modules in stand_ins.items()}
     handles = [
-        module.register_forward_pre_hook(remember(name))
-        for name, module in names.items()
+        model.get_submodule(name).register_forward_hook(watch, with_kwargs=True)
+        for name, watch in watched.items()
     ]
-    training = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        with torch.no_grad():
-            for batch in batches:
-                model(batch)
+        for batch in batches:
+            with trial(model):
+                model(*copies([batch] if isinstance(batch, Tensor) else batch))
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UnsupportedError(
+            f"the model does not run on the data: {first_line(error)}"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in training.items():
-            module.training = mode
-    return seen
+    return {name: watch.means() for name, watch in watched.items() if watch.samples}
+
+
+class _Watched:
+    """A forward hook that compares a layer's output with those of its stand-ins."""
+
+    def __init__(self, name: str, modules: Sequence[nn.Module], metrics: Sequence[Metric]) -> None:
+        self.name = name
+        self.modules = modules
+        self.metrics = metrics
+        self.samples = 0
+        self.sums = [dict.fromkeys((metric.name for metric in metrics), 0.0) for _ in modules]
+
+    def __call__(
+        self, _layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
+    ) -> None:
+        if len(args) + len(kwargs) > 1:
+            return  # a stand-in takes the layer's input and no options
+        features = output.double().flatten(1)
+        norms = torch.linalg.vector_norm(features, dim=1)
+        if not bool(norms.isfinite().all()):
+            raise UnsupportedError(
+                f"the features of {self.name!r} are not finite", "does the data hold NaN?"
+            )
+        self.samples += len(features)
+        for module, sums in zip(self.modules, self.sums, strict=True):
+            stand_in = module(*args, **kwargs).double().flatten(1)
+            errors = torch.linalg.vector_norm(features - stand_in, dim=1).tolist()
+            for metric in self.metrics:
+                pairs = zip(errors, norms.tolist(), strict=True)
+                sums[metric.name] += sum(metric.value(e, n, features.shape[1]) for e, n in pairs)
+
+    def means(self) -> list[dict[str, float]]:
+        """For each stand-in the mean of every metric."""
+        return [{name: s / self.samples for name, s in sums.items()} for sums in self.sums]

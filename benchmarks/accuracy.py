@@ -1,0 +1,80 @@
+"""Accuracy of the bundled GaripovNet at several budgets, without data and without fine-tuning.
+
+    python benchmarks/accuracy.py [--data fashion-mnist-sample]
+
+Beside tdkit's plan it shows what the same budget gives with one keep for all layers and Tucker
+ranks in tensorly's proportion, the way most papers compress.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from torch import nn
+
+from tdkit.api import compress
+from tdkit.cli.common import open_dataset
+from tdkit.compression import apply_plan, own_copy
+from tdkit.costs import model_parameters
+from tdkit.datasets.base import Split
+from tdkit.decompositions.base import layer_stages
+from tdkit.decompositions.tucker import Tucker
+from tdkit.layers import Layer, find_layers
+from tdkit.plans import Move, Plan
+from tdkit.registry import load_registry
+from tdkit.training import evaluate
+
+BUDGETS = (0.5, 0.25, 0.1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="fashion-mnist")
+    registry = load_registry()
+    test = open_dataset(parser.parse_args().data, registry).test
+    record = registry.models["garipov"]
+    dense = record.create()
+    dense.load_state_dict(record.weights["fashion-mnist"]())
+    assert test is not None
+    print(f"dense: {accuracy(dense, test):.2f} % on {len(test):,} images\n")
+    print("| budget | parameters | tdkit | uniform Tucker |")
+    print("|---|---|---|---|")
+    for budget in BUDGETS:
+        small, _ = compress(dense, budget, input_shape=record.input_shape)
+        uniform = uniform_tucker(dense, budget)
+        print(
+            f"| {budget} | {model_parameters(small):,} | {accuracy(small, test):.2f} % |"
+            f" {accuracy(uniform, test):.2f} % |"
+        )
+
+
+def accuracy(model: nn.Module, test: Split) -> float:
+    return 100 * evaluate(model, test).accuracy
+
+
+def uniform_tucker(model: nn.Module, budget: float) -> nn.Module:
+    """Every layer at the largest common keep that holds the budget."""
+    dense = own_copy(model)
+    layers = [layer for layer in find_layers(dense) if layer.reason is None]
+    total = model_parameters(dense)
+    for percent in range(100, 0, -1):
+        moves = [Move(layer.name, "tucker", rank(layer, percent / 100)) for layer in layers]
+        saved = sum(saving(layer, move) for layer, move in zip(layers, moves, strict=True))
+        if total - saved <= budget * total:
+            return apply_plan(dense, Plan(tuple(moves)), {"tucker": Tucker()}).model
+    raise SystemExit(f"uniform ranks cannot reach {budget}")
+
+
+def rank(layer: Layer, keep: float) -> tuple[int, int]:
+    assert layer.spec is not None
+    return Tucker().rank(layer.spec.per_group(), keep)
+
+
+def saving(layer: Layer, move: Move) -> int:
+    assert layer.spec is not None
+    stages = layer_stages(Tucker(), layer.spec, move.rank)
+    return layer.parameters - sum(stage.parameters for stage in stages)
+
+
+if __name__ == "__main__":
+    main()

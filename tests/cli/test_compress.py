@@ -1,0 +1,481 @@
+"""``tdkit compress``: the main job, its report, its formats, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tdkit as library
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    Tdkit = Callable[..., object]
+
+# Enough for the toy model: one method, one sample per timed pass.
+FAST = ("--methods", "svd", "--batch-size", "1")
+SHAPE = ("--input-shape", "1,12,12")
+
+KEYS = {
+    "budget",
+    "cost",
+    "params_before",
+    "params_after",
+    "macs_before",
+    "macs_after",
+    "accuracy_before",
+    "accuracy_after",
+    "latency_before_ms",
+    "latency_after_ms",
+    "seconds",
+    "output",
+    "plan",
+    "moves",
+}
+MOVE_KEYS = {"layer", "method", "rank", "keep", "params_before", "params_after", "errors"}
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def read(path: Path) -> nn.Module:
+    model = torch.load(path, weights_only=False)
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.usefixtures("toy_plugin")
+def test_json_is_one_object_with_every_key_and_true_numbers(tdkit, toy, tmp_path) -> None:
+    done = tdkit("compress", "toy.pt", "--json", "--data", "toy-data", "-o", "small.pt", *FAST)
+    assert done.status == 0
+    report = json.loads(done.stdout)
+    assert set(report) >= KEYS
+    assert report["budget"] == 0.5
+    assert report["cost"] == "params"
+    assert report["params_before"] == parameters(toy) == 3738
+    assert report["params_after"] == parameters(read(tmp_path / "small.pt")) <= 3738 / 2
+    # Three convolutions at 12 x 12 positions, then one Linear.
+    assert report["macs_before"] == 144 * (72 + 1152 + 2304) + 160
+    assert 0 < report["macs_after"] < report["macs_before"]
+    assert 0 <= report["accuracy_before"] <= 1
+    assert 0 <= report["accuracy_after"] <= 1
+    assert report["accuracy_images"] == 60
+    assert min(report["latency_before_ms"], report["latency_after_ms"], report["seconds"]) > 0
+    assert (report["output"], report["plan"]) == ("small.pt", "small.plan.json")
+    assert report["verified"] is True
+    assert report["moves"]
+    saved = json.loads((tmp_path / "small.plan.json").read_text())
+    assert saved["moves"] == report["moves"]
+    for move in report["moves"]:
+        assert set(move) >= MOVE_KEYS
+        assert move["params_after"] < move["params_before"]
+        assert list(move["errors"]) == ["relative-weights"]
+    saving = sum(move["params_before"] - move["params_after"] for move in report["moves"])
+    assert saving == report["params_before"] - report["params_after"]
+
+
+def test_what_was_not_measured_is_null(tdkit, toy) -> None:
+    report = json.loads(tdkit("compress", "toy.pt", "--json", "-o", "small.pt", *FAST).stdout)
+    assert set(report) >= KEYS
+    for key in ("macs_before", "macs_after", "accuracy_before", "latency_after_ms"):
+        assert report[key] is None
+    assert report["verified"] is False
+
+
+@pytest.mark.usefixtures("toy_plugin")
+def test_the_tables_tell_moves_and_totals(tdkit, toy, tmp_path) -> None:
+    done = tdkit("compress", "toy.pt", "--data", "toy-data", "-o", "small.pt", *FAST)
+    plan = json.loads((tmp_path / "small.plan.json").read_text())
+    lines = [line.split() for line in done.stdout.splitlines()]
+    for move in plan["moves"]:
+        row = [move["layer"], move["method"], str(move["rank"]), f"{move['params_before']:,}"]
+        assert row in [line[:4] for line in lines]
+    assert ["parameters", "3,738"] in [line[:2] for line in lines]
+    assert "MACs per input" in done.stdout
+    assert "file size" in done.stdout
+    assert "latency (batch 1, 1 thread, cpu)" in done.stdout
+    assert "accuracy (60 images)" in done.stdout
+    assert "wrote small.pt (module), plan in small.plan.json" in done.stdout
+    assert done.stderr == ""
+
+
+def test_without_a_shape_it_says_what_is_missing(tdkit, toy) -> None:
+    done = tdkit("compress", "toy.pt", "-o", "small.pt", *FAST)
+    assert done.status == 0
+    assert "MACs" not in done.stdout
+    assert "latency" not in done.stdout
+    assert done.stderr == (
+        "note: not verified and not timed: that takes --input-shape, such as 3,224,224\n"
+    )
+
+
+def test_the_outputs_name_follows_model_and_budget(tdkit, toy, tmp_path) -> None:
+    assert tdkit("compress", "toy.pt", "--budget", "0.40", *FAST).status == 0
+    assert files(tmp_path) == {"toy.pt", "toy-0.4.pt", "toy-0.4.plan.json"}
+
+
+def test_names_are_never_markup(tdkit, toy, tmp_path) -> None:
+    done = tdkit("compress", "toy.pt", "-o", "a[red]:smile:b.pt", *FAST)
+    assert "wrote a[red]:smile:b.pt (module), plan in a[red]:smile:b.plan.json" in done.stdout
+    assert (tmp_path / "a[red]:smile:b.pt").exists()
+
+
+@pytest.mark.parametrize("budget", ["50%", " 0.5 ", "0.5", "5e-1"])
+def test_a_budget_is_a_fraction_or_a_percentage(tdkit, toy, budget) -> None:
+    done = tdkit("compress", "toy.pt", "--budget", budget, "--dry-run", *FAST)
+    assert json.loads(done.stdout)["budget"] == 0.5
+
+
+@pytest.mark.parametrize("budget", ["0", "-1", "nan", "2", "150%", "0%", "inf", "half", ""])
+def test_other_budgets_are_explained(tdkit, toy, tmp_path, budget) -> None:
+    done = tdkit("compress", "toy.pt", f"--budget={budget}", *FAST)
+    assert done.status == 2
+    assert f"--budget {budget!r} is not a fraction" in done.stderr
+    assert "--budget 0.5 or --budget 50%" in done.stderr
+    assert done.stdout == ""
+    assert files(tmp_path) == {"toy.pt"}
+
+
+def test_a_budget_out_of_reach_names_the_smallest_and_that_one_works(tdkit, toy) -> None:
+    done = tdkit("compress", "toy.pt", "--budget", "0.01", *FAST)
+    assert done.status == 2
+    assert "a budget of 0.01 is out of reach: the smallest reachable is 0." in done.stderr
+    assert "--include-ends" in done.stderr
+    smallest = done.stderr.partition("reachable is ")[2].split()[0]
+    done = tdkit("compress", "toy.pt", "--budget", smallest, *FAST)
+    assert done.status == 0
+
+
+def test_a_budget_that_holds_already_replaces_nothing(tdkit, toy, images, tmp_path) -> None:
+    done = tdkit("compress", "toy.pt", "--budget", "1", *SHAPE, "-o", "same.pt", *FAST)
+    assert done.status == 0
+    assert "note: nothing was replaced" in done.stderr
+    assert "method" not in done.stdout
+    assert torch.equal(read(tmp_path / "same.pt")(images), toy(images))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wrong", "close"),
+    [
+        (("toy.pt", "--methods", "svd,tuker"), "'tuker'", "tucker"),
+        (("toy.pt", "--metric", "relative-wieghts"), "'relative-wieghts'", "relative-weights"),
+        (("toy.pt", "--planner", "gredy"), "'gredy'", "greedy"),
+        (("toy.pt", "--data", "fashion-mnst"), "'fashion-mnst'", "fashion-mnist"),
+        (("toy.pt", "--format", "safetensor"), "'safetensor'", "safetensors"),
+        (("toy.pt", "--cost", "flops"), "'flops'", "macs"),
+        (("toy.pt", "--device", "gpu"), "'gpu'", "cuda"),
+        (("toy.pt", "--layers", "2x"), "'2x'", "2"),
+        (("garipv",), "garipv", "garipov"),
+        (("resnet18", "--weights", "imagnet"), "imagnet", "imagenet"),
+    ],
+)
+def test_an_unknown_name_lists_close_ones(tdkit, toy, tmp_path, arguments, wrong, close) -> None:
+    done = tdkit("compress", *arguments)
+    assert done.status == 2
+    message, hint = done.stderr.splitlines()
+    assert message.startswith("error: ")
+    assert wrong in message
+    assert hint.startswith("hint: ")
+    assert close in hint
+    assert done.stdout == ""
+    assert files(tmp_path) == {"toy.pt"}
+
+
+def test_names_are_taken_with_underscores_and_capitals(tdkit, toy) -> None:
+    names = ("--metric", "Absolute_Weights", "--planner", "GREEDY", "--methods", "SVD")
+    done = tdkit("compress", "toy.pt", *names, "--dry-run")
+    assert done.status == 0
+    plan = json.loads(done.stdout)
+    assert (plan["metric"], plan["planner"]) == ("absolute-weights", "greedy")
+    assert list(plan["moves"][0]["errors"]) == ["absolute-weights"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        (("toy.pt", "--cost", "macs"), 2, "--input-shape"),
+        (("toy.pt", "--format", "onnx"), 2, "--input-shape"),
+        (("toy.pt", "--metric", "relative-features"), 2, "--data"),
+        (("toy.pt", "--methods", ","), 2, "--methods"),
+        (("toy.pt", "--keeps", "0.5,2"), 2, "--keeps '2'"),
+        (("toy.pt", "--keeps", ""), 2, "--keeps"),
+        (("toy.pt", "--input-shape", "12x"), 2, "--input-shape '12x'"),
+        (("toy.pt", "--input-shape", "3,12,12"), 5, "(1, 3, 12, 12)"),
+        (("toy.pt", "--data", "image-folder"), 2, "image-folder:PATH"),
+        (("toy.pt", "--data", "fashion-mnist:here"), 2, "--data-root"),
+        (("missing.pt",), 4, "missing.pt"),
+        (("text.pt",), 4, "text.pt"),
+        (("empty.pt",), 4, "empty.pt"),
+        ((".",), 4, "folder"),
+        (("relu.pt",), 5, "no parameters"),
+        (("toy.pt", "--seed", "-1"), 2, "--seed"),
+    ],
+)
+def test_what_is_refused_says_what_where_and_the_next_step(
+    tdkit, toy, tmp_path, arguments, status, says
+) -> None:
+    (tmp_path / "text.pt").write_text("no model at all\n" * 20)
+    (tmp_path / "empty.pt").touch()
+    torch.save(nn.Sequential(nn.ReLU()), tmp_path / "relu.pt")
+    before = files(tmp_path)
+    done = tdkit("compress", *arguments)
+    assert done.status == status
+    assert says in done.stderr
+    assert done.stdout == ""
+    assert files(tmp_path) == before
+
+
+def test_a_missing_shape_is_told_before_the_work(tdkit, toy, monkeypatch) -> None:
+    def work(*args: object, **options: object) -> None:
+        raise AssertionError("it went to work")
+
+    monkeypatch.setattr("tdkit.compression.score", work)
+    assert tdkit("compress", "toy.pt", "--cost", "macs", *FAST).status == 2
+
+
+def test_a_device_that_is_not_there(tdkit, toy, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = tdkit("compress", "toy.pt", "--device", "cuda", *FAST)
+    assert done.status == 2
+    assert "no CUDA device" in done.stderr
+    assert "--device cpu" in done.stderr
+    assert files(tmp_path) == {"toy.pt"}
+
+
+def test_an_existing_output_is_kept_unless_forced(tdkit, toy, tmp_path) -> None:
+    output, plan = tmp_path / "small.pt", tmp_path / "small.plan.json"
+    output.write_text("mine")
+    done = tdkit("compress", "toy.pt", "-o", "small.pt", *FAST)
+    assert done.status == 6
+    assert "small.pt exists" in done.stderr
+    assert "--force" in done.stderr
+    assert output.read_text() == "mine"
+    assert not plan.exists()
+    assert tdkit("compress", "toy.pt", "-o", "small.pt", "--force", *FAST).status == 0
+    assert parameters(read(output)) < 3738
+    output.unlink()
+    plan.write_text("mine")
+    assert tdkit("compress", "toy.pt", "-o", "small.pt", *FAST).status == 6
+    assert plan.read_text() == "mine"
+    assert not output.exists()
+
+
+def test_the_input_is_never_replaced(tdkit, toy, tmp_path) -> None:
+    before = (tmp_path / "toy.pt").read_bytes()
+    (tmp_path / "link.pt").symlink_to("toy.pt")
+    for output in ("toy.pt", "./toy.pt", "link.pt"):
+        done = tdkit("compress", "toy.pt", "-o", output, "--force", *FAST)
+        assert done.status == 6
+        assert "is the input itself" in done.stderr
+    assert (tmp_path / "toy.pt").read_bytes() == before
+
+
+def test_a_folder_that_is_missing(tdkit, toy, tmp_path) -> None:
+    done = tdkit("compress", "toy.pt", "-o", "there/small.pt", *FAST)
+    assert done.status == 6
+    assert "mkdir -p there" in done.stderr
+    assert not (tmp_path / "there").exists()
+
+
+def test_a_full_disk_loses_nothing(tdkit, toy, tmp_path) -> None:
+    good = b"a good model" * 100
+    (tmp_path / "small.pt").write_bytes(good)
+    (tmp_path / "small.plan.json").write_text("its plan")
+    before = files(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, hard))
+    try:
+        done = tdkit("compress", "toy.pt", "-o", "small.pt", "--force", *FAST)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert done.status == 6
+    assert "no room left to write small.pt" in done.stderr
+    assert "untouched" in done.stderr
+    assert (tmp_path / "small.pt").read_bytes() == good
+    assert (tmp_path / "small.plan.json").read_text() == "its plan"
+    assert files(tmp_path) == before
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tdkit, toy, tmp_path) -> None:
+    (tmp_path / "toy-0.5.pt").write_text("an earlier result")
+    done = tdkit("compress", "toy.pt", "--dry-run", "--seed", "7", *FAST)
+    assert done.status == 0
+    plan = json.loads(done.stdout)
+    assert (plan["tdkit_plan"], plan["seed"], plan["planner"]) == (1, 7, "greedy")
+    assert all(set(move) >= MOVE_KEYS for move in plan["moves"])
+    assert files(tmp_path) == {"toy.pt", "toy-0.5.pt"}
+    assert (tmp_path / "toy-0.5.pt").read_text() == "an earlier result"
+
+
+def test_layers_and_ends_are_chosen(tdkit, toy) -> None:
+    def layers(budget: str, *arguments: str) -> set[str]:
+        done = tdkit("compress", "toy.pt", "-b", budget, "--dry-run", *FAST, *arguments)
+        return {move["layer"] for move in json.loads(done.stdout)["moves"]}
+
+    assert layers("0.4") == {"2", "4"}
+    assert layers("0.75", "--layers", "4") == {"4"}
+    assert layers("0.4", "--layers", "2", "--layers", "[4-5]") == {"2", "4"}
+    # The last layer, 170 of 3,738 parameters, is only there to be had when it is asked for.
+    assert layers("0.98", "--layers", "7", "--include-ends") == {"7"}
+    done = tdkit("compress", "toy.pt", "-b", "0.98", "--layers", "7", *FAST, "--dry-run")
+    assert done.status == 2
+    assert "the smallest reachable is 1" in done.stderr
+
+
+def test_compression_is_the_librarys(tdkit, toy, images, tmp_path) -> None:
+    options = ("--methods", "cp,tucker", "--seed", "3", "--keeps", "0.6,0.4", *SHAPE)
+    assert tdkit("compress", "toy.pt", "-o", "small.pt", *options).status == 0
+    small, plan = library.compress(
+        toy, 0.5, methods=["cp", "tucker"], seed=3, keeps=(0.6, 0.4), input_shape=(1, 12, 12)
+    )
+    assert plan.moves
+    assert torch.equal(read(tmp_path / "small.pt")(images), small(images))
+
+
+@pytest.mark.parametrize("format", ["module", "state-dict", "safetensors", "onnx", "pt2"])
+def test_every_format_loads_and_computes_the_same(tdkit, toy, images, tmp_path, format) -> None:
+    suffix = {"safetensors": "safetensors", "onnx": "onnx", "pt2": "pt2"}.get(format, "pt")
+    torch.save(toy.state_dict(), tmp_path / "weights.pt")
+    (tmp_path / "formats_nets.py").write_text(TOY_FACTORY)
+    source = ("weights.pt", "--arch", "formats_nets:make", *SHAPE, *FAST)
+    assert tdkit("compress", *source, "--format", "module", "-o", "reference.pt").status == 0
+    expected = read(tmp_path / "reference.pt")(images)
+    assert not torch.equal(expected, toy(images))
+    done = tdkit("compress", *source, "--format", format, "-o", f"small.{suffix}")
+    assert done.status == 0
+    assert f"small.{suffix} ({format})" in done.stdout
+    output = tmp_path / f"small.{suffix}"
+    assert output.stat().st_size > 1000
+    actual = _run_format(format, output, images)
+    if format in ("onnx", "pt2"):
+        torch.testing.assert_close(actual, expected)
+    else:
+        assert torch.equal(actual, expected)
+
+
+TOY_FACTORY = """
+from torch import nn
+
+def make():
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 16, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
+    )
+"""
+
+
+def _run_format(format: str, path: Path, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        if format == "onnx":
+            session = onnxruntime.InferenceSession(path)
+            name = session.get_inputs()[0].name
+            return torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+        if format == "pt2":
+            result: Tensor = torch.export.load(path).module()(images)
+            return result
+        if format == "module":
+            return read(path)(images)
+        loaded: Tensor = library.load(path, arch="formats_nets:make")(images)
+        return loaded
+
+
+@pytest.mark.usefixtures("toy_plugin")
+def test_a_state_dict_of_a_registered_model_needs_no_arch(tdkit, images, tmp_path) -> None:
+    options = ("--weights", "none", "--seed", "5", *FAST)
+    assert tdkit("compress", "toy-net", "-o", "whole.pt", *options).status == 0
+    small = ("--format", "state-dict", "-o", "small.pt")
+    assert tdkit("compress", "toy-net", *small, *options).status == 0
+    held = torch.load(tmp_path / "small.pt", weights_only=True)
+    assert all(isinstance(value, Tensor) for value in held["state_dict"].values())
+    expected = read(tmp_path / "whole.pt")(images)
+    assert torch.equal(library.load(tmp_path / "small.pt")(images), expected)
+
+
+def test_a_state_dict_with_the_users_own_architecture(tdkit, toy, images, tmp_path) -> None:
+    (tmp_path / "own_nets.py").write_text(TOY_FACTORY)
+    torch.save(toy.state_dict(), tmp_path / "weights.pt")
+    options = ("--arch", "own_nets:make", "-o", "small.pt", *SHAPE, *FAST)
+    assert tdkit("compress", "weights.pt", *options).status == 0
+    small = library.load(tmp_path / "small.pt", arch="own_nets:make")
+    assert parameters(small) <= 3738 / 2
+    done = tdkit("inspect", "small.pt", "--arch", "own_nets:make", "--json")
+    assert json.loads(done.stdout)["parameters"] == parameters(small)
+    done = tdkit("compress", "weights.pt", "--arch", "own_nets:mk", "-o", "other.pt", *FAST)
+    assert done.status == 2
+    assert "own_nets has no mk" in done.stderr
+
+
+def test_a_class_of_the_users_own_is_allowed_by_name(tdkit, images, tmp_path, monkeypatch) -> None:
+    source = TOY_FACTORY.replace("def make():", "class Net(nn.Module):").replace(
+        "    return nn.Sequential(",
+        "    def __init__(self):\n        super().__init__()\n        self.body = nn.Sequential(",
+    )
+    source += "\n    def forward(self, x):\n        return self.body(x) * 2\n"
+    (tmp_path / "own_class.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import own_class  # type: ignore[import-not-found]
+
+    net = own_class.Net().eval()
+    torch.save(net, tmp_path / "net.pt")
+    done = tdkit("compress", "net.pt", *SHAPE, "-o", "small.pt", *FAST)
+    assert done.status == 3
+    assert "--allow-class own_class:Net" in done.stderr
+    assert not (tmp_path / "small.pt").exists()
+    allowed = ("--allow-class", "own_class:Net")
+    done = tdkit("compress", "net.pt", *allowed, *SHAPE, "-o", "small.pt", *FAST)
+    assert done.status == 0
+    small = read(tmp_path / "small.pt")
+    assert type(small) is own_class.Net
+    assert parameters(small) <= 3738 / 2
+    assert small(images).shape == (3, 10)
+
+
+WITHOUT_TDKIT = """
+import sys
+
+import torch
+from torch import nn
+
+sys.modules["tdkit"] = None
+sys.modules["tensorly"] = None
+own = [nn.Sequential, nn.Conv2d, nn.ReLU, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Linear]
+with torch.serialization.safe_globals(own):
+    model = torch.load("small.pt", weights_only=True)
+try:
+    import tdkit
+except ImportError:
+    torch.save(model(torch.load("images.pt")), "outputs.pt")
+"""
+
+
+def test_a_whole_module_runs_where_tdkit_is_not_installed(tdkit, toy, images, tmp_path) -> None:
+    methods = ("--methods", "svd,cp,tucker,tt", "--batch-size", "1")
+    assert tdkit("compress", "toy.pt", *SHAPE, "-o", "small.pt", *methods).status == 0
+    torch.save(images, tmp_path / "images.pt")
+    subprocess.run([sys.executable, "-c", WITHOUT_TDKIT], cwd=tmp_path, check=True)
+    outputs = torch.load(tmp_path / "outputs.pt")
+    assert torch.equal(outputs, read(tmp_path / "small.pt")(images))
+
+
+def test_progress_is_for_terminals_and_never_in_the_results(tdkit, toy, monkeypatch) -> None:
+    done = tdkit("compress", "toy.pt", *SHAPE, "--json", "-o", "quiet.pt", *FAST)
+    assert done.stderr == ""
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    done = tdkit("compress", "toy.pt", *SHAPE, "--json", "-o", "lively.pt", *FAST)
+    assert "scoring" in done.stderr
+    assert "measuring" in done.stderr
+    assert json.loads(done.stdout)["output"] == "lively.pt"

@@ -1,0 +1,189 @@
+"""The public API: names in, models out."""
+
+import copy
+import inspect
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import tdkit
+from tdkit import Move, Plan
+from tdkit.errors import UnsupportedError, UsageError
+from tdkit.layers import find_layers
+
+
+@pytest.fixture
+def model() -> Iterator[nn.Sequential]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield nn.Sequential(
+            nn.Conv2d(3, 8, 3),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(8, 16, 3),
+            nn.BatchNorm2d(16),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(16, 16, 3),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(16, 4),
+        )
+
+
+def size(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    a, b = one.state_dict(), other.state_dict()
+    return list(a) == list(b) and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def images(batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+
+
+def test_everything_public_is_there_and_described() -> None:
+    assert set(tdkit.__all__) <= set(dir(tdkit))
+    for name in tdkit.__all__:
+        value = getattr(tdkit, name)
+        assert inspect.getdoc(value), name
+    with pytest.raises(AttributeError, match="no attribute 'compres'"):
+        tdkit.compres  # noqa: B018
+
+
+class TestCompress:
+    def test_the_result_is_smaller_and_made_of_torch_layers(self, model: nn.Sequential) -> None:
+        small, plan = tdkit.compress(model, budget=0.5, input_shape=(3, 12, 12))
+        assert size(small) <= 0.5 * size(model)
+        assert small(images()).shape == (2, 4)
+        assert plan.budget == 0.5
+        assert {type(m).__module__.partition(".nn.")[0] for m in small.modules()} == {"torch"}
+        assert same(tdkit.compress(model, budget=0.5)[0], small)
+
+    def test_the_default_budget_is_a_half(self, model: nn.Sequential) -> None:
+        assert size(tdkit.compress(model)[0]) <= 0.5 * size(model)
+
+    def test_options_have_their_effect(self, model: nn.Sequential) -> None:
+        options: dict[str, Any] = {"budget": 0.8, "seed": 3, "metric": "absolute-weights"}
+        _, plan = tdkit.compress(model, methods=["tt"], layers=["5"], **options)
+        assert [(m.layer, m.method) for m in plan.moves] == [("5", "tt")]
+        assert (plan.seed, plan.metric, plan.planner, plan.cost) == (
+            3,
+            "absolute-weights",
+            "greedy",
+            "params",
+        )
+        _, plan = tdkit.compress(
+            model, budget=0.95, keeps=[0.5], layers=["8", "0"], include_ends=True
+        )
+        assert {m.layer for m in plan.moves} <= {"0", "8"}
+        assert plan.moves
+
+    def test_progress_is_told(self, model: nn.Sequential) -> None:
+        steps: list[tuple[int, int]] = []
+        tdkit.compress(model, progress=lambda *step: steps.append(step))
+        assert steps[-1][0] == steps[-1][1] > 0
+
+    def test_macs(self, model: nn.Sequential) -> None:
+        small, plan = tdkit.compress(model, 0.5, cost="macs", input_shape=(3, 12, 12))
+        costs = [
+            sum(layer.macs or 0 for layer in find_layers(m, inputs=[images(1)]))
+            for m in (model, small)
+        ]
+        assert costs[1] <= 0.5 * costs[0]
+        assert plan.cost == "macs"
+
+    @pytest.mark.parametrize(
+        "metric", ["relative-features", "absolute-features", "scaled-features"]
+    )
+    def test_feature_metrics_and_data_instead_of_a_shape(
+        self, model: nn.Sequential, metric: str
+    ) -> None:
+        data = [images(3), images(1)]
+        small, plan = tdkit.compress(model, 0.5, cost="macs", metric=metric, data=data)
+        assert plan.moves
+        assert all(set(c.errors) == {metric} for c in plan.candidates)
+        assert small(images()).shape == (2, 4)
+
+    def test_example_inputs(self, model: nn.Sequential) -> None:
+        expected, _ = tdkit.compress(model, 0.5, cost="macs", input_shape=(3, 12, 12))
+        for inputs in ([images()], (images(1),), images()):
+            small, _ = tdkit.compress(model, 0.5, cost="macs", example_inputs=inputs)
+            assert same(small, expected)
+
+    def test_what_breaks_the_model_is_left_dense(self) -> None:
+        class Reads(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.stem, self.head = nn.Linear(4, 16), nn.Linear(16, 2)
+                self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+            def forward(self, x: Tensor) -> Tensor:
+                x = functional.linear(self.stem(x), self.a.weight, self.a.bias)
+                return self.head(self.b(x))
+
+        model = Reads()
+        small, plan = tdkit.compress(model, 0.8, input_shape=(4,))
+        assert [m.layer for m in plan.moves] == ["b"]
+        assert size(small) <= 0.8 * size(model)
+        small(torch.zeros(2, 4))
+        with pytest.raises(UnsupportedError, match=r"'a' cannot be replaced: .*weight"):
+            tdkit.apply(Plan((Move("a", "svd", 2),)), model, input_shape=(4,))
+
+    @pytest.mark.parametrize(
+        ("options", "reason"),
+        [
+            ({"budget": 0}, "budget"),
+            ({"budget": "50%"}, "budget"),
+            ({"cost": "flops"}, "unknown cost"),
+            ({"cost": "macs"}, "MACs are unknown"),
+            ({"methods": ["svdd"]}, "no method named 'svdd'"),
+            ({"metric": "relative-weight"}, "no metric named"),
+            ({"metric": "relative-features"}, "needs data"),
+            ({"planner": "greed"}, "no planner named"),
+            ({"layers": ["conv*"]}, r"no layer named 'conv\*'"),
+            ({"keeps": [0]}, "keep"),
+            ({"input_shape": (3, 0, 12)}, "shape"),
+            ({"budget": 0.01}, "smallest reachable"),
+        ],
+    )
+    def test_wrong_options_are_refused(
+        self, model: nn.Sequential, options: dict[str, Any], reason: str
+    ) -> None:
+        with pytest.raises(UsageError, match=reason):
+            tdkit.compress(model, **options)
+
+    def test_inputs_that_do_not_fit_are_refused(self, model: nn.Sequential) -> None:
+        with pytest.raises(UnsupportedError, match=r"does not run on an input of shape \(1, 5, 12"):
+            tdkit.compress(model, input_shape=(5, 12, 12))
+
+
+class TestApply:
+    def test_a_plan_from_a_file_gives_the_same_model(self, model: nn.Sequential) -> None:
+        small, plan = tdkit.compress(model, 0.4, methods=["svd", "cp", "tucker", "tt"], seed=4)
+        again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
+        assert again == plan
+        assert same(tdkit.apply(again, model), small)
+        assert same(tdkit.apply(again, model, input_shape=(3, 12, 12)), small)
+        assert same(tdkit.apply(again, model, example_inputs=images()), small)
+
+    def test_unknown_methods_are_refused(self, model: nn.Sequential) -> None:
+        with pytest.raises(UsageError, match="no method named 'mine'"):
+            tdkit.apply(Plan((Move("2", "mine", 3),)), model)
+
+
+def test_load_rebuilds_what_was_saved(model: nn.Sequential, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save(model, path)
+    assert same(tdkit.load(path), model)
+    torch.save(model.state_dict(), path)
+    blank = copy.deepcopy(model)
+    for parameter in blank.parameters():
+        nn.init.zeros_(parameter)
+    assert same(tdkit.load(path, model=blank), model)

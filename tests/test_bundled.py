@@ -1,0 +1,109 @@
+"""What is promised of the bundled model, on the real test set where it is there."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import LinearConstraint, milp
+from torch import nn
+
+from tdkit.api import resolve_methods
+from tdkit.candidates import Candidate, Grid, score
+from tdkit.checkpoint import load_model
+from tdkit.compression import Goal, apply_plan, make_plan, random_inputs
+from tdkit.costs import model_parameters
+from tdkit.datasets.base import Split
+from tdkit.errors import UnreadableFileError
+from tdkit.layers import Layer, find_layers
+from tdkit.metrics.weights import RELATIVE
+from tdkit.planners.greedy import greedy
+from tdkit.registry import load_registry
+from tdkit.training import evaluate
+
+REGISTRY = load_registry()
+METHODS = resolve_methods(REGISTRY)
+Scored = tuple[nn.Module, list[Layer], list[Candidate]]
+
+
+@pytest.fixture(scope="module")
+def scored() -> Scored:
+    model = load_model("garipov", models=REGISTRY.models).model
+    layers = find_layers(model, inputs=random_inputs(model, (1, 28, 28), 1))
+    return model, layers, score(model, layers, Grid(METHODS, [RELATIVE]))
+
+
+@pytest.fixture(scope="module")
+def test_split() -> Split:
+    try:
+        dataset = REGISTRY.datasets["fashion-mnist"].create()
+    except UnreadableFileError as error:
+        pytest.skip(f"the full Fashion-MNIST is not here: {error}")
+    assert dataset.test is not None
+    return dataset.test
+
+
+@pytest.fixture(scope="module")
+def all_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def dense_accuracy(scored: Scored, test_split: Split, all_threads: None) -> float:
+    return evaluate(scored[0], test_split).accuracy
+
+
+def test_the_bundled_model_is_right_on_93_of_100_test_images(dense_accuracy: float) -> None:
+    assert dense_accuracy >= 0.930
+
+
+@pytest.mark.parametrize(("budget", "points"), [(0.5, 0.2), (0.25, 0.5), (0.1, 4.0)])
+def test_accuracy_without_data(
+    scored: Scored, test_split: Split, dense_accuracy: float, budget: float, points: float
+) -> None:
+    model, layers, candidates = scored
+    plan = make_plan(model, layers, candidates, Goal(budget), greedy, seed=0)
+    inputs = random_inputs(model, (1, 28, 28))
+    small = apply_plan(model, plan, METHODS, layers=layers, inputs=inputs)
+    assert small.verified
+    assert not small.put_back
+    assert model_parameters(small.model) <= budget * model_parameters(model)
+    accuracy = evaluate(small.model, test_split).accuracy
+    assert 100 * (dense_accuracy - accuracy) <= points
+
+
+@pytest.mark.parametrize("budget", [0.9, 0.7, 0.5, 0.35, 0.25, 0.15, 0.1, 0.08])
+@pytest.mark.parametrize("cost", ["params", "macs"])
+def test_the_objective_is_within_two_percent_of_the_optimum(
+    scored: Scored, budget: float, cost: str
+) -> None:
+    model, layers, candidates = scored
+    plan = make_plan(model, layers, candidates, Goal(budget, cost), greedy, seed=0)  # type: ignore[arg-type]
+    penalty = sum(c.errors["relative-weights"] ** 2 for c in plan.candidates)
+    assert penalty <= 1.02 * optimum(model, layers, candidates, budget, cost)
+
+
+def optimum(
+    model: nn.Module, layers: list[Layer], candidates: list[Candidate], budget: float, cost: str
+) -> float:
+    before = [getattr(c, f"{cost}_before") for c in candidates]
+    after = [getattr(c, f"{cost}_after") for c in candidates]
+    total = model_parameters(model) if cost == "params" else sum(x.macs or 0 for x in layers)
+    saving = np.array([before], float) - np.array([after], float)
+    names = sorted({c.layer for c in candidates})
+    one_each = np.array([[c.layer == name for c in candidates] for name in names], float)
+    result = milp(
+        c=[c.errors["relative-weights"] ** 2 for c in candidates],
+        integrality=np.ones(len(candidates)),
+        bounds=(0, 1),
+        constraints=[
+            LinearConstraint(one_each, ub=1),
+            LinearConstraint(saving, lb=total - int(budget * total)),
+        ],
+        options={"mip_rel_gap": 1e-6},
+    )
+    assert result.status == 0
+    return float(result.fun)
