@@ -1,6 +1,6 @@
 """Draw the README's picture: run a real command, keep what it printed as an SVG.
 
-    python docs/make_picture.py docs/demo.svg tdkit compress garipov --budget 0.25 ...
+python docs/make_picture.py docs/demo.svg tdkit compress garipov --budget 0.25 ...
 """
 
 from __future__ import annotations

@@ -61,10 +61,10 @@ class TestCompress:
     def test_the_result_is_smaller_and_made_of_torch_layers(self, model: nn.Sequential) -> None:
         small, plan = tdkit.compress(model, budget=0.5, input_shape=(3, 12, 12))
         assert size(small) <= 0.5 * size(model)
-        assert small(images()).shape == (2, 4)
+        assert small.eval()(images()).shape == (2, 4)
         assert plan.budget == 0.5
         assert {type(m).__module__.partition(".nn.")[0] for m in small.modules()} == {"torch"}
-        assert same(tdkit.compress(model, budget=0.5)[0], small)
+        assert same(tdkit.compress(model.train(), budget=0.5)[0], small)
 
     def test_the_default_budget_is_a_half(self, model: nn.Sequential) -> None:
         assert size(tdkit.compress(model)[0]) <= 0.5 * size(model)
@@ -80,7 +80,7 @@ class TestCompress:
             "params",
         )
         _, plan = tdkit.compress(
-            model, budget=0.95, keeps=[0.5], layers=["8", "0"], include_ends=True
+            model, budget=0.96, keeps=[0.5], layers=["8", "0"], include_ends=True
         )
         assert {m.layer for m in plan.moves} <= {"0", "8"}
         assert plan.moves

@@ -110,6 +110,12 @@ class TestScore:
             assert len({size for size, _ in rows}) == len(rows) > 1
             assert [error for _, error in rows] == sorted(error for _, error in rows)
 
+    @pytest.mark.parametrize("rule", ["best", "proportional"])
+    def test_58_none_is_larger_than_its_layer(self, rule: str) -> None:
+        found = scored(network(), Grid(METHODS, WEIGHTS, (0.5, 0.9, 1.0), rule))
+        assert found
+        assert all(c.params_after < c.params_before for c in found)
+
     def test_without_inputs_macs_are_unknown(self) -> None:
         model = network()
         found = score(model, find_layers(model), Grid({"svd": Svd()}, WEIGHTS, (0.5,)))
@@ -182,13 +188,18 @@ class TestFeatures:
         monkeypatch.setattr(candidates, "_TOGETHER", together)
         assert scored(network(), grid, batches=[example(2)]) == expected
 
-    def test_the_model_runs_once_where_all_fits(self) -> None:
+    def test_the_model_runs_as_rarely_as_memory_allows(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         model = network()
-        layers = find_layers(model, inputs=[example()])
-        runs = []
+        layers, grid = find_layers(model), Grid(METHODS, [features.RELATIVE])
+        runs: list[int] = []
         model.register_forward_pre_hook(lambda *_: runs.append(1))
-        score(model, layers, Grid(METHODS, [features.RELATIVE], (0.2, 0.5)), batches=[example()])
+        found = score(model, layers, grid, batches=[example()])
         assert len(runs) == 1
+        monkeypatch.setattr(candidates, "_TOGETHER", sum(c.params_after for c in found) // 2)
+        assert score(model, layers, grid, batches=[example()]) == found
+        assert len(runs) in (1 + 2, 1 + 3)
 
     def test_layers_that_the_data_never_reaches_have_no_candidates(self) -> None:
         model = nn.ModuleDict(

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torchvision.transforms.functional import to_pil_image
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -19,6 +20,7 @@ COMMANDS = [line for kind, block in BLOCKS if kind == "sh" for line in block.spl
 
 MY_NET = """
 from torch import nn
+from torchvision.transforms.functional import to_pil_image
 
 class MyNet(nn.Module):
     def __init__(self):
@@ -49,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (path / "val" / name).mkdir(parents=True)
         for i in range(2):
             image = torch.randint(0, 256, (3, 40, 40), generator=generator, dtype=torch.uint8)
-            torchvision.io.write_png(image, str(path / "val" / name / f"{i}.png"))
+            to_pil_image(image).save(path / "val" / name / f"{i}.png")
     return path
 
 

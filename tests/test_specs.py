@@ -84,6 +84,7 @@ def test_one_axis_of_a_layer_and_then_the_other_is_both() -> None:
     rows, columns = spec.spatial(3, 2, axes=[0]), spec.spatial(2, 4, axes=[1])
     assert (rows.kernel_size, rows.stride, rows.padding) == ((3, 1), (2, 1), (1, 0))
     assert (columns.kernel_size, columns.dilation) == ((1, 4), (1, 2))
+    assert (rows.dilation, columns.stride, columns.padding) == ((1, 1), (1, 1), (0, 0))
     generator = torch.Generator().manual_seed(0)
     down = torch.randn(rows.weight_shape, generator=generator)
     along = torch.randn(columns.weight_shape, generator=generator)

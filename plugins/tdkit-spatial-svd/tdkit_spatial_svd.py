@@ -64,4 +64,5 @@ def _create() -> Decomposition:
 @hookimpl
 def tdkit_decompositions() -> list[DecompositionRecord]:
     """Provide spatial-svd."""
-    return [DecompositionRecord("spatial-svd", "k x 1, then 1 x k, of one rank", _create)]
+    summary = "k x 1, then 1 x k, of one rank"
+    return [DecompositionRecord("spatial-svd", summary, _create, default=False)]

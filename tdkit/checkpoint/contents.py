@@ -151,7 +151,8 @@ def _with_shared(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> dic
 
 
 def _first_sentence(error: Exception) -> str:
-    # torch's own advice, to turn its checks off, stands before the reason.
-    reason = str(error).rpartition("WeightsUnpickler error:")[2]
+    """Why torch refused, without its advice to turn its checks off."""
+    paragraphs = str(error).partition("\n\nCheck the documentation")[0].split("\n\n")
+    reason = paragraphs[-1].rpartition("WeightsUnpickler error:")[2]
     text = re.sub(r"\s+", " ", reason).strip() or "no reason given"
     return shown(re.split(r"(?<=[a-z])\. ", text)[0], 200)

@@ -41,14 +41,14 @@ def check_module(model: nn.Module, source: object, *, trusted: bool = False) -> 
         UnsupportedError: If a module contains itself, or modules nest too deep.
         UnreadableFileError: If it is not put together as torch does it.
     """
-    pending: list[tuple[str, nn.Module, tuple[int, ...]]] = [("", model, ())]
+    pending: list[tuple[str, nn.Module, int]] = [("", model, 0)]
     seen: set[int] = set()
     visits = 0
     while pending:
-        name, module, above = pending.pop()
+        name, module, depth = pending.pop()
         visits += 1
         # Shared modules are visited once per path: a file can describe 2**100 paths in a few lines.
-        if id(module) in above or len(above) > _DEEPEST or visits > _MOST_MODULES:
+        if depth > _DEEPEST or visits > _MOST_MODULES:
             raise UnsupportedError(
                 f"{source}: module {shown(name) or 'at the top'} contains itself, nests more than "
                 f"{_DEEPEST} deep or stands in more than {_MOST_MODULES:,} places",
@@ -60,7 +60,7 @@ def check_module(model: nn.Module, source: object, *, trusted: bool = False) -> 
         for child_name, child in module._modules.items():
             if child is not None:
                 path = f"{name}.{child_name}" if name else child_name
-                pending.append((path, child, (*above, id(module))))
+                pending.append((path, child, depth + 1))
     if not trusted:
         _check_hidden(model, source, seen)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import pickletools
 import struct
 import warnings
-from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from _compat_pickle import IMPORT_MAPPING
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -210,7 +210,6 @@ class _Machine:
 
     def _find(self, module: str, name: str) -> None:
         # Protocol 2 names modules as Python 2 did: subprocess is commands, builtins __builtin__.
-        module, name = NAME_MAPPING.get((module, name), (module, name))
         module = IMPORT_MAPPING.get(module, module)
         path = f"{module}.{name}"
         allowed = self.allowlist.find(path)

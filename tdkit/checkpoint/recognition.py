@@ -24,7 +24,7 @@ _SIGNS: Mapping[str, str] = {
     "googlenet": "inception3a.",
     "inception": "Conv2d_1a_3x3.",
     "maxvit": "blocks.0.layers.0.layers.MBconv.",
-    "mnasnet": "layers.17.",
+    "mnasnet": "layers.8.0.layers.0.",
     "mobilenet-v2": "features.1.conv.",
     "mobilenet-v3": "features.1.block.0.0.",
     "regnet": "trunk_output.block1.",
@@ -59,7 +59,7 @@ def recognise(
     Raises:
         UsageError: If none fits, or several do.
     """
-    likely = {name: record for name, record in models.items() if _may_be(name, state)}
+    likely = {name: record for name, record in models.items() if may_be(name, state)}
     for candidates in (likely, {name: models[name] for name in models if name not in likely}):
         fits = _fits(candidates, structure, state)
         exact = {name: found for name, found in fits.items() if not found.options}
@@ -71,8 +71,13 @@ def recognise(
     raise _unclear(path, f"fits no registered model; it holds {listed(state)}")
 
 
-def _may_be(name: str, state: Mapping[str, Tensor]) -> bool:
-    """Whether it is worth building this model: its family's names occur, or none are known."""
+def may_be(name: str, state: Mapping[str, Tensor]) -> bool:
+    """Whether a model is worth building: its family's names occur, or none are known.
+
+    Args:
+        name: The registered name.
+        state: The state dict.
+    """
     sign = next((sign for family, sign in _SIGNS.items() if name.startswith(family)), None)
     return sign is None or any(sign in key for key in state)
 

@@ -89,9 +89,9 @@ def _stop(number: int, _frame: Any) -> NoReturn:
 def _explain(error: Exception) -> NoReturn:
     if isinstance(error, TdkitError):
         status, message, hint = error.exit_status, str(error), error.hint
-    elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    elif _is_out_of_memory(error):
         status, message = 1, "out of memory"
-        hint = "try --device cpu, fewer --methods or a smaller --batch-size"
+        hint = "try a smaller --batch-size or --input-shape, fewer --methods, or --device cpu"
     elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
         # Files are the library's to explain; what is left is standard output.
         status, message, hint = 6, "there is no room left for the output", "free some space"
@@ -104,3 +104,10 @@ def _explain(error: Exception) -> NoReturn:
     if hint:
         typer.echo(f"hint: {hint}", err=True)
     raise SystemExit(status)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch has a class for the GPU's memory; for the computer's it raises a RuntimeError.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return any(sign in str(error) for sign in ("can't allocate memory", "Storage size calculation"))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from tdkit.checkpoint import LoadedModel
-    from tdkit.datasets.base import Dataset
+    from tdkit.datasets.base import Dataset, Split
     from tdkit.registry import Registry
 
 
@@ -215,8 +215,19 @@ def file_json(value: Any) -> str:
 def feature_batches(dataset: Dataset | None, samples: int, model: nn.Module) -> list[Tensor]:
     """Images for feature metrics: training images, as in the paper, else test images."""
     split = None if dataset is None else dataset.train or dataset.test
-    if split is None:
-        return []
+    return [] if split is None else _images(split, samples, model)
+
+
+def calibration_batches(dataset: Dataset | None, samples: int, model: nn.Module) -> list[Tensor]:
+    """Training images to measure BatchNorm's statistics on; never those that are reported on."""
+    if dataset is None or dataset.train is None:
+        raise UsageError(
+            "--recalibrate needs training images",
+            "name a data set that has some with --data, such as image-folder:PATH with PATH/train",
+        )
+    return _images(dataset.train, samples, model)
+
+
+def _images(split: Split, samples: int, model: nn.Module) -> list[Tensor]:
     like = next(p for p in model.parameters() if p.is_floating_point())
-    batches = split.batches(64, limit=samples)
-    return [images.to(like) for images, _ in batches]
+    return [images.to(like) for images, _ in split.batches(64, limit=samples)]

@@ -35,7 +35,16 @@ def compress(
     ] = "relative-weights",
     planner: Annotated[str, typer.Option(help="How to choose among candidates.")] = "greedy",
     keeps: options.Keeps = None,
-    samples: Annotated[int, typer.Option(min=1, help="Images for feature metrics.")] = 256,
+    recalibrate: Annotated[
+        bool,
+        typer.Option(
+            "--recalibrate",
+            help="Measure BatchNorm's statistics again, on training images of --data.",
+        ),
+    ] = False,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Images for feature metrics and --recalibrate.")
+    ] = 512,
     layers: options.Layers = None,
     include_ends: options.IncludeEnds = False,
     arch: options.Arch = None,
@@ -56,9 +65,11 @@ def compress(
     Example: `tdkit compress model.pt --budget 0.5 --input-shape 3,224,224 -o small.pt`
     """
     from tdkit.api import resolve_methods, resolve_metrics
+    from tdkit.calibration import recalibrate as renew_statistics
     from tdkit.candidates import COMPRESSION_KEEPS, Grid
     from tdkit.cli.common import (
         Source,
+        calibration_batches,
         feature_batches,
         file_json,
         image_size,
@@ -97,6 +108,7 @@ def compress(
     destination = Destination.of(opened, output, default, format, force, inputs=[model])
     if not dry_run:
         destination.check()
+    calibration = calibration_batches(dataset, samples, opened.model) if recalibrate else []
     needs_data = any(m.target == "features" for m in metrics)
     with progress_bar("scoring", then="replacing and verifying") as progress:
         result = compress_model(
@@ -114,5 +126,7 @@ def compress(
         stdout().out(file_json(result.plan.to_json()), end="")
         print_notes(opened, result)
         return
+    if recalibrate:
+        renew_statistics(result.model, calibration)
     test = dataset.test if dataset else None
     finish(opened, result, destination, test=test, batch=batch_size, start=start, json=json)

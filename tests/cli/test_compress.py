@@ -332,8 +332,9 @@ def test_layers_and_ends_are_chosen(tdkit, toy) -> None:
     # The last layer, 170 of 3,738 parameters, is only there to be had when it is asked for.
     assert layers("0.98", "--layers", "7", "--include-ends") == {"7"}
     done = tdkit("compress", "toy.pt", "-b", "0.98", "--layers", "7", *FAST, "--dry-run")
-    assert done.status == 2
-    assert "the smallest reachable is 1" in done.stderr
+    assert done.status == 5
+    assert "the last layer is kept dense" in done.stderr
+    assert "--include-ends" in done.stderr
 
 
 def test_compression_is_the_librarys(tdkit, toy, images, tmp_path) -> None:
@@ -344,6 +345,15 @@ def test_compression_is_the_librarys(tdkit, toy, images, tmp_path) -> None:
     )
     assert plan.moves
     assert torch.equal(read(tmp_path / "small.pt")(images), small(images))
+
+
+def test_a_method_of_an_installed_plugin_needs_no_change_in_tdkit(tdkit, toy, tmp_path) -> None:
+    pytest.importorskip("tdkit_spatial_svd")
+    options = ("--methods", "spatial-svd", "--json", "-o", "small.pt", *SHAPE)
+    report = json.loads(tdkit("compress", "toy.pt", *options).stdout)
+    assert {move["method"] for move in report["moves"]} == {"spatial-svd"}
+    first, second = read(tmp_path / "small.pt").get_submodule("4")
+    assert (first.kernel_size, second.kernel_size) == ((3, 1), (1, 3))
 
 
 @pytest.mark.parametrize("format", ["module", "state-dict", "safetensors", "onnx", "pt2"])

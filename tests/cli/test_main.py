@@ -117,6 +117,15 @@ def test_what_nobody_expected_is_one_line_and_status_1(tdkit, monkeypatch, error
     assert "Traceback" in tdkit("plugins", "--debug").stderr
 
 
+@pytest.mark.parametrize("shape", ["1,1000000,1000000", "1,10000000000000,1000000"])
+def test_out_of_memory_is_said_in_words(tdkit, toy, shape) -> None:
+    done = tdkit("inspect", "toy.pt", "--input-shape", shape)
+    assert done.status == 1
+    message, hint = done.stderr.splitlines()
+    assert message == "error: out of memory"
+    assert "--input-shape" in hint
+
+
 SIGNALLING = """
 import os
 import signal

@@ -114,7 +114,9 @@ def test_nothing_changes(model: Model, batches: list[Tensor]) -> None:
 
 def test_hooks_go_even_when_the_model_fails(model: Model) -> None:
     with pytest.raises(UnsupportedError, match=r"does not run on the data: .*expected input"):
-        feature_errors(model, {"conv": [copy.deepcopy(model.conv)]}, [torch.zeros(1, 5, 9, 9)], METRICS)
+        feature_errors(
+            model, {"conv": [copy.deepcopy(model.conv)]}, [torch.zeros(1, 5, 9, 9)], METRICS
+        )
     assert not model.conv._forward_hooks
 
 
@@ -135,13 +137,17 @@ def test_half_precision_features_are_compared_in_double(
 ) -> None:
     half = copy.deepcopy(model).half()
     with torch.no_grad():
-        half.conv.weight.mul_(300)
+        half.conv.bias.fill_(20_000)
     data = [batch.half() for batch in batches]
-    errors = feature_errors(half, {"conv": [perturbed(half.conv, 5.0)]}, data, METRICS)
-    values = errors["conv"][0]
-    # The sum of squares is far beyond 65504, the largest number of float16.
-    assert 65504**0.5 < values["absolute-features"] < math.inf
-    assert 0 < values["relative-features"] < 100
+    stand_in = copy.deepcopy(half.conv)
+    with torch.no_grad():
+        stand_in.bias.zero_()
+    errors = feature_errors(half, {"conv": [stand_in]}, data, METRICS)
+    # 36 features of 20,000 each: norm and error are beyond 65,504, the largest float16.
+    assert errors["conv"][0] == pytest.approx(
+        {"absolute-features": 6 * 20e3, "relative-features": 1, "scaled-features": 20e3 / 6},
+        rel=0.01,
+    )
 
 
 def test_models_of_several_inputs() -> None:
@@ -157,3 +163,17 @@ def test_models_of_several_inputs() -> None:
     data = [(torch.ones(2, 2), torch.zeros(2, 3))]
     errors = feature_errors(model, {"left": [perturbed(model.left, 0.1)]}, data, METRICS)
     assert errors["left"][0]["absolute-features"] > 0
+
+
+def test_a_layer_called_with_options_is_left_out() -> None:
+    class Up(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.ConvTranspose1d(2, 2, 2, stride=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(x, output_size=[9])
+
+    model = Up()
+    stand_in = nn.Sequential(copy.deepcopy(model.up))
+    assert feature_errors(model, {"up": [stand_in]}, [torch.ones(1, 2, 4)], METRICS) == {}
