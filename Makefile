@@ -25,7 +25,7 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 demo: $(INSTALLED)
 	$(BIN)/tdkit compress garipov --budget 0.25 --data fashion-mnist-sample --output out/garipov-0.25.pt --force

@@ -54,7 +54,9 @@ def atomic_write(
         with _terminating_cleanly():
             try:
                 _create(temporary, path)
+                mode = stat.S_IMODE(temporary.stat().st_mode)
                 yield temporary
+                temporary.chmod(mode)  # safetensors puts a private file in its place
                 _flush(temporary)
                 _take_name(temporary, path, force)
                 with suppress(OSError):

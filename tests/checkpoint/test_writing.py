@@ -735,3 +735,11 @@ def test_a_plan_that_was_changed_by_hand(file: Path, compressed: nn.Module) -> N
         archive.writestr("out/tdkit.json", "{")
     with pytest.raises(UnreadableFileError, match="is not JSON"):
         load_model(file, models={})
+
+
+@pytest.mark.parametrize("format", ["module", "state-dict", "safetensors"])
+def test_the_file_has_the_permissions_of_a_new_file(format: str, tmp_path: Path) -> None:
+    (tmp_path / "new").touch()
+    save_model(torch.nn.Linear(2, 2), tmp_path / "model", format=format)
+    modes = [(tmp_path / name).stat().st_mode for name in ("new", "model")]
+    assert modes[0] == modes[1]

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -202,40 +204,56 @@ def tdkit_planners():
 """
 
 
+@contextmanager
+def compressing(folder: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """A process at work in a folder; it is gone afterwards."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tdkit", "compress", "toy.pt", "--methods", "svd", *options],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder.parent), str(ROOT)])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def interrupt(process: subprocess.Popen[str], folder: Path, number: int) -> tuple[str, str]:
+    """Wait until the process is in the middle of its work, and send it a signal."""
+    deadline = time.monotonic() + 120
+    while not (folder / "ready").exists() and time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        time.sleep(0.05)
+    process.send_signal(number)
+    try:
+        return process.communicate(timeout=30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+
+
 @pytest.mark.usefixtures("toy")
 def test_a_real_process_that_is_interrupted_leaves_nothing(install, tmp_path) -> None:
     site = install("tdkit-sleeping", SLEEPING)
-    cases = {
-        "thinking": (signal.SIGINT, 130, ("--planner", "sleeping")),
-        "writing": (signal.SIGTERM, 143, ("--format", "state-dict")),
-    }
-    running = {}
-    for name, (_, _, options) in cases.items():
-        folder = tmp_path / name
+    thinking, writing = site / "thinking", site / "writing"
+    for folder in (thinking, writing):
         folder.mkdir()
         (folder / "toy.pt").write_bytes((tmp_path / "toy.pt").read_bytes())
-        if name == "writing":
-            (folder / "slow-disk").touch()
-        running[name] = subprocess.Popen(
-            [sys.executable, "-m", "tdkit", "compress", "toy.pt", "--methods", "svd", *options],
-            cwd=folder,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(site), str(ROOT)])},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-    for name, (number, status, _) in cases.items():
-        process, folder = running[name], tmp_path / name
-        deadline = time.monotonic() + 120
-        while not (folder / "ready").exists() and time.monotonic() < deadline:
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.05)
-        process.send_signal(number)
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == status
-        assert out == ""
-        assert err == "\nstopped; no half-written file is left\n"
-        assert {path.name for path in folder.iterdir()} <= {"toy.pt", "ready", "slow-disk"}
+    (writing / "slow-disk").touch()
+    with (
+        compressing(thinking, "--planner", "sleeping") as one,
+        compressing(writing, "--format", "state-dict") as other,
+    ):
+        said = interrupt(one, thinking, signal.SIGINT), interrupt(other, writing, signal.SIGTERM)
+    assert (one.returncode, other.returncode) == (130, 143)
+    assert said == (("", "\nstopped; no half-written file is left\n"),) * 2
+    assert {path.name for path in thinking.iterdir()} == {"toy.pt", "ready"}
+    assert {path.name for path in writing.iterdir()} == {"toy.pt", "ready", "slow-disk"}
 
 
 def run_plugins(stdout: int | None, **options: object) -> subprocess.CompletedProcess[str]:
