@@ -28,7 +28,8 @@ test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 demo: $(INSTALLED)
-	$(BIN)/tdkit compress garipov --budget 0.25 --data fashion-mnist-sample --output out/garipov-0.25.pt --force
+	mkdir -p out
+	$(BIN)/tdkit compress garipov --budget 0.25 --data fashion-mnist-sample --recalibrate --output out/garipov-0.25.pt --force
 
 clean:
 	rm -rf $(VENV) out .mypy_cache .pytest_cache .ruff_cache .hypothesis

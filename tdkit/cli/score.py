@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from tdkit.cli import options
-from tdkit.errors import UsageError
 
 if TYPE_CHECKING:
     from tdkit.candidates import Candidate
@@ -63,11 +62,8 @@ def score(
     )
     from tdkit.cli.display import note, progress_bar, say, stdout
     from tdkit.compression import one_sample, own_copy
-    from tdkit.decompositions.base import RANK_RULES
     from tdkit.layers import find_layers
 
-    if rule not in RANK_RULES:
-        raise UsageError(f"unknown rank rule {rule!r}", f"it is {' or '.join(RANK_RULES)}")
     registry = open_registry()
     metrics = resolve_metrics(registry, parse_names(metric, "--metric") or [])
     grid = Grid(

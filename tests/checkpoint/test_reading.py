@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tdkit.checkpoint import content_hash, load_into, load_model
+from tdkit.checkpoint.states import build_light, expected_shapes
 from tdkit.errors import TdkitError, UnreadableFileError, UnsafeFileError, UsageError
 from tdkit.hookspecs import ModelRecord
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 Models = dict[str, ModelRecord]
+COUNT = {"num_classes": 10**6}
 
 
 @pytest.fixture
@@ -342,10 +344,21 @@ def test_models_that_cannot_be_made_without_values(file: Path, cls: type[nn.Modu
 def test_loading_leaves_the_random_numbers_alone(
     file: Path, tiny: nn.Module, models: Models
 ) -> None:
+    def drawing(**options: int) -> nn.Module:
+        torch.rand(3)
+        return models["tiny"].create(**options)
+
     torch.save(tiny.state_dict(), file)
     before = torch.get_rng_state()
-    load_model(file, models=models)
+    record = replace(models["tiny"], name="drawing", create=drawing)
+    load_model(file, models={"drawing": record})
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_models_are_compared_without_allocating_them() -> None:
+    """Four terabytes, if they were."""
+    model = build_light(lambda **options: nn.Linear(10**6, options["num_classes"]), COUNT)
+    assert expected_shapes(model, {})["weight"] == (10**6, 10**6)
 
 
 MISFITS = [
@@ -471,11 +484,24 @@ def _torchvision(name: str) -> ModelRecord:
     return ModelRecord(name, "", create, (3, 224, 224), 1000)
 
 
-def test_unlikely_families_are_not_built(file: Path) -> None:
-    def unexpected(**_: int) -> nn.Module:
-        raise AssertionError("built")
+def test_an_exact_fit_comes_before_other_counts(file: Path, models: Models) -> None:
+    def seven(in_channels: int = 1, num_classes: int = 7) -> nn.Module:
+        return models["tiny"].create(in_channels, num_classes)
 
+    torch.save(seven().state_dict(), file)
+    both = {"tiny": models["tiny"], "seven": ModelRecord("seven", "", seven, (1, 8, 8), 7)}
+    assert load_model(file, models=both).arch == "seven"
+    torch.save(seven(num_classes=5).state_dict(), file)
+    with pytest.raises(UsageError, match="fits several registered models: tiny, seven"):
+        load_model(file, models=both)
+
+
+def test_unlikely_families_are_not_built(file: Path) -> None:
     built: list[str] = []
+
+    def unexpected(**_: int) -> nn.Module:
+        built.append("another")
+        return nn.Linear(1, 1)
 
     def create(**_: int) -> nn.Module:
         built.append("resnet")
@@ -488,7 +514,7 @@ def test_unlikely_families_are_not_built(file: Path) -> None:
     }
     torch.save(create().state_dict(), file)
     assert load_model(file, models=models).arch == "resnet"
-    assert built
+    assert set(built) == {"resnet"}
 
 
 def test_a_plugin_model_with_a_familys_name_is_still_found(file: Path, models: Models) -> None:

@@ -132,6 +132,19 @@ def test_a_bad_plan_is_refused(tdkit, toy, tmp_path, text, status, says) -> None
     assert {path.name for path in tmp_path.iterdir()} == before
 
 
+def work(*args: object, **options: object) -> None:
+    raise AssertionError("it went to work")
+
+
+def test_an_output_that_exists_is_told_before_the_work(tdkit, toy, tmp_path, monkeypatch) -> None:
+    (tmp_path / "plan.json").write_text(plan_of(("4", "svd", 3)))
+    (tmp_path / "small.pt").write_text("mine")
+    monkeypatch.setattr("tdkit.compression.apply_plan", work)
+    done = tdkit("apply", "plan.json", "toy.pt", "-o", "small.pt", *SHAPE)
+    assert done.status == 6
+    assert "small.pt exists" in done.stderr
+
+
 def test_the_seed_of_a_plan_may_be_any_whole_number(tdkit, toy, tmp_path) -> None:
     (tmp_path / "plan.json").write_text(plan_of(("4", "cp", 3), seed=-(10**30)))
     assert tdkit("apply", "plan.json", "toy.pt", "-o", "small.pt", *SHAPE).status == 0

@@ -239,12 +239,18 @@ def test_what_is_refused_says_what_where_and_the_next_step(
     assert files(tmp_path) == before
 
 
-def test_a_missing_shape_is_told_before_the_work(tdkit, toy, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "status"), [(("--cost", "macs"), 2), (("-o", "there.pt"), 6)]
+)
+def test_what_can_be_told_before_the_work_is(
+    tdkit, toy, tmp_path, monkeypatch, arguments, status
+) -> None:
     def work(*args: object, **options: object) -> None:
         raise AssertionError("it went to work")
 
-    monkeypatch.setattr("tdkit.compression.score", work)
-    assert tdkit("compress", "toy.pt", "--cost", "macs", *FAST).status == 2
+    (tmp_path / "there.pt").write_text("mine")
+    monkeypatch.setattr("tdkit.compression.compress_model", work)
+    assert tdkit("compress", "toy.pt", *arguments, *FAST).status == status
 
 
 def test_a_device_that_is_not_there(tdkit, toy, tmp_path, monkeypatch) -> None:

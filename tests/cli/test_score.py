@@ -86,6 +86,16 @@ def test_bad_options(tdkit, toy, tmp_path, arguments, status, says) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def work(*args: object, **options: object) -> None:
+    raise AssertionError("it went to work")
+
+
+def test_an_output_that_exists_is_told_before_the_work(tdkit, toy, tmp_path, monkeypatch) -> None:
+    (tmp_path / "toy-scores.json").write_text("mine")
+    monkeypatch.setattr("tdkit.candidates.score", work)
+    assert tdkit("score", "toy.pt", *SVD).status == 6
+
+
 def test_an_error_while_scoring_is_not_blamed_on_the_output(tdkit, toy, monkeypatch) -> None:
     def broken(*args: object, **options: object) -> None:
         raise OSError("the data set's disk went away")
