@@ -74,7 +74,7 @@ def compress(
     result = compress_model(
         model,
         grid,
-        Goal(budget, cost, metric, planner),
+        Goal(budget, cost, record.name, planner),
         lookup(registry.planners, planner, "planner").create(),
         inputs=_inputs(model, input_shape, example_inputs, data),
         batches=data,
@@ -159,7 +159,8 @@ def resolve_methods(
     """
     records = registry.decompositions
     chosen = [n for n, record in records.items() if record.default] if names is None else names
-    return {name: lookup(records, name, "method").create() for name in chosen}
+    found = [lookup(records, name, "method") for name in chosen]
+    return {record.name: record.create() for record in found}
 
 
 def resolve_metrics(registry: Registry, names: Sequence[str]) -> list[Metric]:

@@ -14,8 +14,10 @@ from torch.nn import functional
 
 import tdkit
 from tdkit import Move, Plan
+from tdkit.api import resolve_methods
 from tdkit.errors import UnsupportedError, UsageError
 from tdkit.layers import find_layers
+from tdkit.registry import load_registry
 
 
 @pytest.fixture
@@ -68,6 +70,11 @@ class TestCompress:
 
     def test_the_default_budget_is_a_half(self, model: nn.Sequential) -> None:
         assert size(tdkit.compress(model)[0]) <= 0.5 * size(model)
+
+    def test_methods_that_are_slow_at_run_time_are_for_those_who_ask(self) -> None:
+        assert set(resolve_methods(load_registry())) >= {"svd", "tucker", "tt"}
+        assert "cp" not in resolve_methods(load_registry())
+        assert list(resolve_methods(load_registry(), ["cp"])) == ["cp"]
 
     def test_options_have_their_effect(self, model: nn.Sequential) -> None:
         options: dict[str, Any] = {"budget": 0.8, "seed": 3, "metric": "absolute-weights"}
@@ -187,3 +194,10 @@ def test_load_rebuilds_what_was_saved(model: nn.Sequential, tmp_path: Path) -> N
     for parameter in blank.parameters():
         nn.init.zeros_(parameter)
     assert same(tdkit.load(path, model=blank), model)
+
+
+def test_names_may_be_spelt_with_underscores_and_capitals() -> None:
+    model = nn.Sequential(*(m for _ in range(4) for m in (nn.Linear(8, 8), nn.ReLU())))
+    _, plan = tdkit.compress(model, 0.8, methods=["SVD"], metric="relative_weights")
+    assert plan.metric == "relative-weights"
+    assert {move.method for move in plan.moves} == {"svd"}

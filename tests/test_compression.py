@@ -631,6 +631,7 @@ class TestApplyPlan:
         result = apply_plan(model, Plan((Move("4", "svd", 2),)), METHODS)
         assert result.model[2] is result.model[4]
         assert list(result.structure) == ["2"]
+        assert result.plan.moves == (Move("2", "svd", 2),)
         with pytest.raises(UsageError, match="twice"):
             apply_plan(model, Plan((Move("4", "svd", 2), Move("2", "svd", 2))), METHODS)
 
@@ -644,11 +645,12 @@ class TestApplyPlan:
             def forward(self, x: Tensor) -> Any:
                 return self.head(functional.linear(self.a(self.stem(x)), self.b.weight))
 
-        plan = Plan((Move("b", "svd", 2), Move("a", "svd", 2)))
+        plan = compress(Reads(), 0.6).plan  # blindly
+        assert {move.layer for move in plan.moves} == {"a", "b", "c"}
         result = apply_plan(Reads(), plan, METHODS, inputs=[rows()])
         assert list(result.put_back) == ["b"]
-        assert result.plan.moves == (Move("a", "svd", 2),)
-        assert list(result.structure) == ["a"]
+        assert {move.layer for move in result.plan.moves} == {"a", "c"} == set(result.structure)
+        assert [c.layer for c in result.plan.candidates] == [m.layer for m in result.plan.moves]
 
 
 class TestMethodsThatMisbehave:

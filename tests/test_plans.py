@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tdkit.candidates import Candidate
@@ -124,7 +124,7 @@ class TestChoose:
         assert pick([*self.grid], 1.0) == []
 
     def test_candidates_that_save_nothing_are_left_out(self) -> None:
-        larger = candidate("a", 100, 120, 0.0)
+        larger = candidate("a", 100, 900, 0.0)
         assert pick([larger, *self.grid], 0.8) == [self.grid[1]]
 
     def test_macs_are_counted_when_asked(self) -> None:
@@ -155,6 +155,8 @@ class TestChoose:
 
     @settings(max_examples=300, deadline=None, database=None)
     @given(total=st.integers(1, 10**12), percent=st.integers(1, 99))
+    @example(total=100, percent=29)  # 0.29 * 100 is 28.999...
+    @example(total=3 * 10**11, percent=7)
     def test_no_rounding_takes_more_than_the_budget_or_asks_for_less(
         self, total: int, percent: int
     ) -> None:

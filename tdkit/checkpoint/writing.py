@@ -159,7 +159,7 @@ def _complete(
     found: dict[str, tuple[LayerSpec, ...]] = {}
     for name, specs in structure.items():
         module = modules.get(name)
-        if not isinstance(module, nn.Sequential) or not _is_built_from(module, specs):
+        if not isinstance(module, nn.Sequential) or not _is_built_from(module, name, structure):
             raise UsageError(
                 f"the structure says that {shown(name) or 'the model'} is a sequence of "
                 f"{len(specs)} layers, but the model has something else there",
@@ -169,15 +169,24 @@ def _complete(
     return found
 
 
-def _is_built_from(module: nn.Sequential, specs: Sequence[LayerSpec]) -> bool:
+def _is_built_from(
+    module: nn.Sequential, name: str, structure: Mapping[str, Sequence[LayerSpec]]
+) -> bool:
+    """Whether the stages are those of the structure; one replaced again has a turn of its own."""
+    specs = structure[name]
+    prefix = f"{name}." if name else ""
+    return len(module) == len(specs) and all(
+        f"{prefix}{position}" in structure or _is_like(stage, spec)
+        for position, (stage, spec) in enumerate(zip(module, specs, strict=True))
+    )
+
+
+def _is_like(stage: nn.Module, spec: LayerSpec) -> bool:
     try:
-        shapes = [spec_of(stage).weight_shape for stage in module]
-        biases = [spec_of(stage).bias for stage in module]
+        found = spec_of(stage)
     except KeyError:
         return False
-    return shapes == [spec.weight_shape for spec in specs] and biases == [
-        spec.bias for spec in specs
-    ]
+    return (found.weight_shape, found.bias) == (spec.weight_shape, spec.bias)
 
 
 def _state(model: nn.Module) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def _write(opened: Opened, result: Compression, destination: Destination) -> Non
             force=destination.force,
             inputs=destination.inputs,
             plan=plan,
-            structure=result.structure,
+            structure={**opened.loaded.structure, **result.structure},
             arch=opened.loaded.arch,
             input_shape=opened.shape,
             arch_options=opened.loaded.arch_options,

@@ -67,9 +67,6 @@ class Done:
     stderr: str
 
 
-Tdkit = "Callable[..., Done]"
-
-
 @pytest.fixture
 def tdkit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
