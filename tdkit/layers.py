@@ -318,7 +318,7 @@ def _reason_of_owner(model: nn.Module, paths: Sequence[str]) -> str | None:
         owner = model.get_submodule(path.rpartition(".")[0])
         if isinstance(owner, _OWNERS_THAT_READ_WEIGHTS):
             return f"the {type(owner).__name__} around it reads its weight directly"
-        if type(owner) is nn.Sequential and is_factorization(owner):
+        if owner is not model and type(owner) is nn.Sequential and is_factorization(owner):
             return "part of a layer that is already factorized"
     return None
 

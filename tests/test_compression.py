@@ -539,20 +539,13 @@ class TestLaws:
         model[0].weight.requires_grad_(False)
         model[2].bias.requires_grad_(False)
         model[3].eval()
-        result = check(model, [images()], 0.7)
-        small = result.model
-        small.train()
-        result = compress(model, 0.7, inputs=[images()])
-        small = result.model
-        assert "2" in result.structure
+        check(model, [images()], 0.7)
+        small = compress(model, 0.7, inputs=[images()]).model
         assert [m.training for m in small] == [m.training for m in model]
-        assert not small[0].weight.requires_grad
-        assert small[0].bias.requires_grad
-        assert [p.requires_grad for p in small[2].parameters()] == [True] * 2 + [False] or [
-            n for n, p in small[2].named_parameters() if not p.requires_grad
-        ] == [f"{len(small[2]) - 1}.bias"]
-        for old, new in zip(model.parameters(), small.parameters(), strict=False):
-            assert old is not new
+        frozen = [name for name, p in small.named_parameters() if not p.requires_grad]
+        assert frozen == ["0.weight", f"2.{len(small[2]) - 1}.bias"]
+        before = {id(p) for p in model.parameters()}
+        assert not before & {id(p) for p in small.parameters()}
 
     def test_7_the_same_seed_gives_the_same_plan_and_weights(self) -> None:
         model = ready(convnet(nn.Conv2d(8, 12, 3), nn.ReLU(), nn.Conv2d(12, 12, 3)), images())

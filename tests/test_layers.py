@@ -300,6 +300,12 @@ def test_54_the_stages_of_a_factorized_layer_are_kept() -> None:
         assert "already factorized" in str(reason(model, name))
 
 
+def test_54_a_whole_model_is_not_taken_for_a_factorized_layer() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2))
+    assert reason(model, "1") is None
+    assert "already factorized" in str(reason(nn.Sequential(nn.Linear(4, 4), model), "1.1"))
+
+
 def test_cyclic_modules_are_refused() -> None:
     model = middle(nn.Linear(6, 6))
     model[1].parent = model
