@@ -1,19 +1,33 @@
-"""BatchNorm statistics that fit the compressed layers in front of them."""
+"""BatchNorm statistics that fit the compressed layers in front of them, with data and without."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tdkit.errors import UsageError
-from tdkit.layers import mode
+from tdkit.layers import mode, trial
+
+Calibration = Literal["none", "noise", "data"]
+"""How BatchNorm is fitted to compressed layers: not at all, by noise images, or by real ones."""
+
+CALIBRATIONS: tuple[Calibration, ...] = get_args(Calibration)
+
+NOISE_IMAGES = 128
+
+# How much of a change of variance is followed, as an exponent. What truncation takes away is
+# mostly orthogonal to what stays, so scaling it up again in full would amplify an error.
+_VARIANCE_SHARE = 0.75
 
 
-def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> int:
+def recalibrate(model: nn.Module, batches: Iterable[Tensor | Sequence[Any]]) -> int:
     """Measure the running mean and variance of every BatchNorm again; no labels, no gradients.
 
     A truncated layer passes on less energy than the original, and the statistics that follow it
@@ -29,14 +43,77 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> int:
     Raises:
         UsageError: If there are no inputs.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    norms = list(_norms(model).values())
     inputs = list(batches)
     if not inputs:
         raise UsageError("recalibrating needs data", "name some with --data")
     with mode(model, training=False), _measuring(norms), torch.no_grad():
         for batch in inputs:
-            model(batch)
+            model(*_arguments(batch))
     return len(norms)
+
+
+def match_statistics(
+    dense: nn.Module, compressed: nn.Module, batches: Iterable[Tensor | Sequence[Any]]
+) -> int:
+    """Shift the statistics of every BatchNorm as far as compression shifted its input.
+
+    Both models see the same inputs, which need not be real ones: with BatchNorm on the statistics
+    of the batch, the features of every layer have the means and variances that it learned, whatever
+    comes in. The difference between the two models is what the running statistics, measured on
+    real data, are moved by. In the spirit of the bias correction of Nagel et al. 2019,
+    "Data-free quantization through weight equalization and bias correction" (section 4.2). Changes
+    ``compressed`` in place; BatchNorm layers whose input is the same in both stay bit-equal.
+
+    Args:
+        dense: The original; it stays as it is.
+        compressed: The same model with layers replaced.
+        batches: Model inputs of at least two samples each.
+
+    Returns:
+        How many BatchNorm layers were changed.
+    """
+    inputs = list(batches)
+    before, after = _input_moments(dense, inputs), _input_moments(compressed, inputs)
+    norms = _norms(compressed)
+    shared = before.keys() & after.keys()
+    return sum(_shift(norms[name], before[name], after[name]) for name in norms if name in shared)
+
+
+def noise_images(like: Tensor, count: int = NOISE_IMAGES, seed: int = 0) -> Tensor:
+    """Random images with the spectrum of natural ones, amplitude 1/f (Field 1987).
+
+    Args:
+        like: Model inputs (batch, channels, *size), for shape, dtype and device.
+        count: How many.
+        seed: Of the generator that draws them.
+
+    Returns:
+        (count, channels, *size), of mean 0 and deviation 1; white where there is no ``size``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    white = torch.randn(count, *like.shape[1:], generator=generator)
+    axes = tuple(range(2, like.ndim))
+    if not axes:
+        return white.to(like)
+    size = white.shape[2:]
+    grids = torch.meshgrid(*(torch.fft.fftfreq(n) for n in size), indexing="ij")
+    frequency = torch.stack(grids).square().sum(0).sqrt().clamp(min=1 / max(size))
+    images = torch.fft.ifftn(torch.fft.fftn(white, dim=axes) / frequency, dim=axes).real
+    scaled: Tensor = (images - images.mean()) / images.std().clamp(min=1e-6)
+    return scaled.to(like)
+
+
+def _norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    }
+
+
+def _arguments(batch: Tensor | Sequence[Any]) -> Sequence[Any]:
+    return [batch] if isinstance(batch, Tensor) else batch
 
 
 @contextmanager
@@ -51,3 +128,70 @@ def _measuring(norms: list[_BatchNorm]) -> Iterator[None]:
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+
+
+class _Moments:
+    """Mean and variance per channel of all that was added, in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sums: list[Tensor] = []
+
+    def add(self, features: Tensor) -> None:
+        """Add features (batch, channels, ...)."""
+        rows = features.detach().double().transpose(0, 1).flatten(1)
+        self.count += rows.shape[1]
+        self.sums.append(torch.stack([rows.sum(1), rows.square().sum(1)]))
+
+    @property
+    def mean(self) -> Tensor:
+        """(channels,)."""
+        return torch.stack(self.sums).sum(0)[0] / self.count
+
+    @property
+    def variance(self) -> Tensor:
+        """(channels,), at least 0."""
+        squares = torch.stack(self.sums).sum(0)[1] / self.count
+        return (squares - self.mean.square()).clamp(min=0)
+
+
+def _input_moments(
+    model: nn.Module, batches: Iterable[Tensor | Sequence[Any]]
+) -> Mapping[str, _Moments]:
+    """The moments of what each BatchNorm is given while all of them use the batch's statistics."""
+    norms = _norms(model)
+    found: dict[str, _Moments] = {}
+
+    def look(name: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found.setdefault(name, _Moments()).add(args[0])
+
+    handles = [norm.register_forward_pre_hook(partial(look, n)) for n, norm in norms.items()]
+    try:
+        for batch in batches:
+            with trial(model):
+                for norm in norms.values():
+                    norm.training = True
+                model(*_arguments(batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _shift(norm: _BatchNorm, before: _Moments, after: _Moments) -> bool:
+    """Move running statistics by the difference of two moments; False where there is none."""
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert variance is not None
+    alive = (before.variance > 0) & (after.variance > 0)
+    ratio = torch.where(alive, after.variance / before.variance, 1)
+    # In units of the real deviation: that of the noise may be another.
+    unit = torch.where(alive, variance.double() / before.variance, 0).sqrt()
+    shift = (after.mean - before.mean) * unit
+    if not bool(((shift != 0) | (ratio != 1)).any()):
+        return False
+    if not (math.isfinite(float(shift.sum())) and math.isfinite(float(ratio.sum()))):
+        return False
+    mean.add_(shift.to(mean.dtype))
+    variance.mul_(ratio.pow(_VARIANCE_SHARE).to(variance.dtype))
+    return True

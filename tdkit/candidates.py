@@ -160,7 +160,7 @@ def _candidates(layer: Layer, module: nn.Module, method: str, grid: Grid) -> Ite
             return
         for rank in _ranks(layer, prepared, grid):
             stand_in = factorize(layer, module, prepared, rank) if grid.features else None
-            yield _candidate(layer, method, prepared, rank, grid.metrics), stand_in
+            yield candidate_of(layer, method, prepared, rank, grid.metrics), stand_in
 
 
 def _ranks(layer: Layer, prepared: Prepared, grid: Grid) -> Iterator[Rank]:
@@ -268,9 +268,14 @@ def factorize(layer: Layer, module: nn.Module, prepared: Prepared, rank: Rank) -
     return result
 
 
-def _candidate(
+def candidate_of(
     layer: Layer, method: str, prepared: Prepared, rank: Rank, metrics: Sequence[Metric]
 ) -> Candidate:
+    """What a layer costs at a rank, and its errors by those of the metrics that need no data.
+
+    Raises:
+        UsageError: If the rank does not fit the layer.
+    """
     assert layer.spec is not None
     stages = prepared.stages(rank)
     after = count(stages)

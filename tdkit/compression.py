@@ -12,6 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tdkit.calibration import (
+    CALIBRATIONS,
+    Calibration,
+    match_statistics,
+    noise_images,
+    recalibrate,
+)
 from tdkit.candidates import Candidate, Grid, blamed, factorize, prepare, score
 from tdkit.costs import macs, model_parameters
 from tdkit.decompositions.base import Decomposition, check_rank
@@ -25,6 +32,7 @@ from tdkit.layers import (
     unknown_name,
     unwrap,
 )
+from tdkit.metrics.base import relative
 from tdkit.planners.base import Planner
 from tdkit.plans import Cost, Move, Plan, choose
 from tdkit.specs import LayerSpec, spec_of
@@ -40,12 +48,14 @@ class Goal:
         cost: ``params`` or ``macs``.
         metric: The error whose squares are summed over layers and kept small.
         planner: The planner's name, for the record.
+        calibration: How BatchNorm is fitted to the compressed layers; ``data`` needs some.
     """
 
     budget: float
     cost: Cost = "params"
     metric: str = "relative-weights"
     planner: str = "greedy"
+    calibration: Calibration = "noise"
 
     def __post_init__(self) -> None:
         if not isinstance(self.budget, int | float) or not 0 < self.budget <= 1:
@@ -55,6 +65,11 @@ class Goal:
             )
         if self.cost not in ("params", "macs"):
             raise UsageError(f"unknown cost {self.cost!r}", "it is params or macs")
+        if self.calibration not in CALIBRATIONS:
+            raise UsageError(
+                f"unknown calibration {self.calibration!r}",
+                f"it is one of {', '.join(CALIBRATIONS)}",
+            )
 
 
 @dataclass(frozen=True)
@@ -66,6 +81,8 @@ class Compression:
         plan: The moves that it carries.
         layers: All layers of the dense model.
         structure: The stages that stand in for each replaced layer, by name.
+        errors: The relative error of each replaced layer's weight, by name. At most the error that
+            was scored, since the rank that is taken is refined.
         put_back: Why a layer that was to be replaced is dense after all, by name.
         verified: Whether a forward pass has compared it with its dense reconstruction.
     """
@@ -74,6 +91,7 @@ class Compression:
     plan: Plan
     layers: tuple[Layer, ...]
     structure: Mapping[str, tuple[LayerSpec, ...]]
+    errors: Mapping[str, float]
     put_back: Mapping[str, str]
     verified: bool
 
@@ -143,6 +161,7 @@ def make_plan(
         cost=goal.cost,
         metric=goal.metric,
         planner=goal.planner,
+        calibration=goal.calibration,
         candidates=tuple(chosen),
     )
 
@@ -155,11 +174,12 @@ def compress_model(
     *,
     inputs: Sequence[Any] | None = None,
     batches: Sequence[Tensor | Sequence[Any]] = (),
+    calibration: Sequence[Tensor | Sequence[Any]] = (),
     patterns: Sequence[str] = (),
     keep_ends: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Compression:
-    """Score, plan, replace and verify; layers that cannot be replaced are planned around.
+    """Score, plan, replace, verify and calibrate; what cannot be replaced is planned around.
 
     Args:
         model: A trained model; it stays as it is.
@@ -169,6 +189,8 @@ def compress_model(
         inputs: Arguments of a forward pass over at least one sample. Without them MACs stay
             unknown and nothing can be verified.
         batches: Model inputs for feature metrics.
+        calibration: Model inputs to measure BatchNorm's statistics on, where that is the goal's
+            calibration; never those that are reported on.
         patterns: Shell patterns of the layers to consider; all by default.
         keep_ends: Keep the first and last layer dense.
         progress: Called with units done and all units while scoring.
@@ -191,11 +213,11 @@ def compress_model(
             if not put_back:
                 raise
             raise UsageError(str(error), _remarks(put_back)) from error
-        result = apply_plan(dense, plan, grid.methods, layers=layers, inputs=inputs)
+        result = apply_plan(
+            dense, plan, grid.methods, layers=layers, inputs=inputs, calibration=calibration
+        )
         if not result.put_back:
-            return Compression(
-                result.model, plan, tuple(layers), result.structure, put_back, result.verified
-            )
+            return replace(result, put_back=put_back)
         put_back |= result.put_back
 
 
@@ -206,18 +228,22 @@ def apply_plan(
     *,
     layers: Sequence[Layer] | None = None,
     inputs: Sequence[Any] | None = None,
+    calibration: Sequence[Tensor | Sequence[Any]] = (),
 ) -> Compression:
-    """Replace what a plan says, on a copy, and verify it.
+    """Replace what a plan says, on a copy, verify it, and calibrate BatchNorm as the plan says.
 
     Args:
         model: The dense model; it stays as it is.
         plan: The moves.
         methods: Decompositions by name.
         layers: The model's layers where they are known already.
-        inputs: Arguments of a forward pass over at least one sample; None skips verifying.
+        inputs: Arguments of a forward pass over at least one sample; None skips verifying, and
+            calibrating on noise.
+        calibration: Model inputs, for a plan that is calibrated on data.
 
     Raises:
-        UsageError: If the plan names an unknown layer or method, or a rank that does not fit.
+        UsageError: If the plan names an unknown layer or method, or a rank that does not fit, or
+            needs data to calibrate on.
         UnsupportedError: If a layer of the plan cannot be decomposed.
     """
     dense = own_copy(model) if layers is None else model
@@ -227,19 +253,43 @@ def apply_plan(
     factorized = {
         layer: _factorized(dense, layer, move, methods, plan.seed) for layer, move in moves.items()
     }
-    broken = verify(dense, factorized, two_samples(inputs)) if inputs is not None else {}
-    kept = {layer: m for layer, m in factorized.items() if layer.name not in broken}
+    modules = {layer: found.module for layer, found in factorized.items()}
+    broken = verify(dense, modules, two_samples(inputs)) if inputs is not None else {}
+    kept = {layer: m for layer, m in modules.items() if layer.name not in broken}
     compressed = copy.deepcopy(dense)
     for layer, module in kept.items():
         replace_layer(compressed, layer, module)
+    done = _calibrate(dense, compressed, plan.calibration, inputs, calibration)
     return Compression(
         model=compressed,
-        plan=_without(replace(plan, moves=tuple(moves.values())), broken),
+        plan=_without(replace(plan, moves=tuple(moves.values()), calibration=done), broken),
         layers=tuple(layers),
         structure={layer.name: tuple(map(spec_of, module)) for layer, module in kept.items()},
+        errors={layer.name: factorized[layer].error for layer in kept},
         put_back=broken,
         verified=inputs is not None,
     )
+
+
+def _calibrate(
+    dense: nn.Module,
+    compressed: nn.Module,
+    how: Calibration,
+    inputs: Sequence[Any] | None,
+    data: Sequence[Tensor | Sequence[Any]],
+) -> Calibration:
+    """Fit BatchNorm; returns how, which is not at all where no image tells what noise to use."""
+    if how == "data":
+        recalibrate(compressed, data)
+        return how
+    if how == "noise" and inputs is not None and len(inputs) == 1 and _is_image(inputs[0]):
+        match_statistics(dense, compressed, noise_images(inputs[0]).split(64))
+        return how
+    return "none"
+
+
+def _is_image(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2
 
 
 def compressed_macs(compression: Compression) -> int | None:
@@ -337,9 +387,15 @@ def _resolve(plan: Plan, layers: Sequence[Layer]) -> dict[Layer, Move]:
     return result
 
 
+@dataclass(frozen=True)
+class _Factorized:
+    module: nn.Sequential
+    error: float
+
+
 def _factorized(
     model: nn.Module, layer: Layer, move: Move, methods: Mapping[str, Decomposition], seed: int
-) -> nn.Sequential:
+) -> _Factorized:
     if move.method not in methods:
         raise unknown_name(move.method, list(methods), "method")
     method, module = methods[move.method], model.get_submodule(layer.name)
@@ -354,7 +410,12 @@ def _factorized(
     with blamed(move.method, layer):
         prepared = prepare(layer, module, move.method, method, seed)
         assert prepared is not None
-        return factorize(layer, module, prepared, move.rank)
+        refined = prepared.refined(move.rank)
+        distance = refined.error(move.rank)
+        return _Factorized(
+            factorize(layer, module, refined, move.rank),
+            relative(distance, refined.norm, layer.spec.weight_parameters),
+        )
 
 
 def _without(plan: Plan, names: Container[str]) -> Plan:

@@ -162,12 +162,18 @@ def _kept_buffers(model: nn.Module) -> Iterator[None]:
             table.clear()
             table.update(before)
         for buffer, version, value in values:
-            if _version(buffer) != version:
+            if _version(buffer) != version or _changed_unseen(buffer, value):
                 buffer.copy_(value)
 
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
+
+
+def _changed_unseen(buffer: Tensor, value: Tensor) -> bool:
+    # BatchNorm's kernels write running statistics without counting it as a new version.
+    plain = buffer.is_floating_point() and buffer.layout == torch.strided and not buffer.is_meta
+    return plain and not buffer.is_inference() and not torch.equal(buffer, value)
 
 
 @contextmanager
@@ -363,7 +369,7 @@ def _reason_of_geometry(spec: LayerSpec) -> str | None:
 def _select(layers: list[Layer], patterns: Sequence[str]) -> list[Layer]:
     chosen = {layer for layer in layers if not patterns}
     for pattern in patterns:
-        found = {layer for layer in layers if _matches(layer, pattern)}
+        found = {layer for layer in layers if matches(layer, pattern)}
         if not found:
             raise unknown_name(pattern, [layer.name for layer in layers], "layer")
         chosen |= found
@@ -373,7 +379,8 @@ def _select(layers: list[Layer], patterns: Sequence[str]) -> list[Layer]:
     ]
 
 
-def _matches(layer: Layer, pattern: str) -> bool:
+def matches(layer: Layer, pattern: str) -> bool:
+    """Whether a shell pattern fits one of the names of a layer."""
     return any(fnmatchcase(name, pattern) for name in (layer.name, *layer.aliases))
 
 

@@ -10,6 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from tdkit.calibration import CALIBRATIONS, Calibration
 from tdkit.candidates import Candidate, to_json
 from tdkit.errors import UnreadableFileError, UsageError
 from tdkit.planners.base import Option, Planner, UnreachableError
@@ -45,6 +46,7 @@ class Plan:
         cost: The cost that the budget counts.
         metric: The error that guided the choice.
         planner: The planner that chose.
+        calibration: How BatchNorm is fitted to the compressed layers; ``data`` needs some.
         candidates: The scored candidates behind the moves, in the same order, where known.
     """
 
@@ -54,6 +56,7 @@ class Plan:
     cost: Cost = "params"
     metric: str | None = None
     planner: str | None = None
+    calibration: Calibration = "noise"
     candidates: tuple[Candidate, ...] = field(default=(), compare=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -69,6 +72,7 @@ class Plan:
             "metric": self.metric,
             "planner": self.planner,
             "seed": self.seed,
+            "calibration": self.calibration,
             "moves": detailed or plain,
         }
 
@@ -89,6 +93,10 @@ class Plan:
             raise UsageError(f'{source}: "seed" is not a whole number: {seed!r}')
         if cost not in get_args(Cost):
             raise UsageError(f'{source}: "cost" is neither params nor macs: {cost!r}')
+        calibration = value.get("calibration", "noise")
+        if calibration not in CALIBRATIONS:
+            known = ", ".join(CALIBRATIONS)
+            raise UsageError(f'{source}: "calibration" is none of {known}: {calibration!r}')
         if budget is not None and not (type(budget) in (int, float) and math.isfinite(budget)):
             raise UsageError(f'{source}: "budget" is not a number: {budget!r}')
         moves = tuple(_move(entry, f"{source}, move {i + 1}") for i, entry in enumerate(entries))
@@ -99,6 +107,7 @@ class Plan:
             cost=cost,
             metric=value.get("metric"),
             planner=value.get("planner"),
+            calibration=calibration,
         )
 
 

@@ -138,6 +138,7 @@ def check_laws(method: Decomposition, layer: nn.Module, keep: float, rule: str) 
     _check_full_rank(weight, prepared)
     _check_counts(spec, prepared, rank, keep if rule == "best" else math.inf)
     _check_error(weight, prepared, rank)
+    _check_refined(weight, prepared, rank)
     _check_seed(method, spec, weight, prepared, rank)
     assert torch.equal(weight, before), "the method changed the weight it was given"
     if 1e-3 < float(weight.abs().max()) < 1e3:
@@ -187,6 +188,17 @@ def _check_error(weight: Tensor, prepared: Prepared, rank: Any) -> None:
     actual = float(torch.linalg.vector_norm(weight - prepared.reconstruct(rank)))
     gap = abs(prepared.error(rank) - actual)
     assert gap <= 1e-7 * prepared.norm, f"law 4: error {prepared.error(rank)}, truly {actual}"
+
+
+def _check_refined(weight: Tensor, prepared: Prepared, rank: Any) -> None:
+    before = prepared.error(rank)
+    refined = prepared.refined(rank)
+    if refined is prepared:
+        return
+    _check_error(weight, refined, rank)
+    assert refined.stages(rank) == prepared.stages(rank), "refining changed the stages"
+    assert refined.error(rank) <= before + 1e-12 * prepared.norm, "refining raised the error"
+    assert prepared.error(rank) == before, "refining changed what was prepared"
 
 
 def _check_seed(

@@ -180,6 +180,14 @@ class TestApply:
         assert same(tdkit.apply(again, model, input_shape=(3, 12, 12)), small)
         assert same(tdkit.apply(again, model, example_inputs=images()), small)
 
+    def test_a_plan_says_whether_batchnorm_was_calibrated(self, model: nn.Sequential) -> None:
+        blind, seeing = (
+            tdkit.compress(model, 0.4, input_shape=shape) for shape in (None, (3, 12, 12))
+        )
+        assert (blind[1].calibration, seeing[1].calibration) == ("none", "noise")
+        assert not same(blind[0], seeing[0])
+        assert same(tdkit.apply(seeing[1], model, input_shape=(3, 12, 12)), seeing[0])
+
     def test_unknown_methods_are_refused(self, model: nn.Sequential) -> None:
         with pytest.raises(UsageError, match="no method named 'mine'"):
             tdkit.apply(Plan((Move("2", "mine", 3),)), model)

@@ -39,6 +39,7 @@ from tdkit.planners.greedy import greedy
 from tdkit.plans import Move, Plan
 from tdkit.registry import load_registry
 from tdkit.specs import LayerSpec
+from tdkit.verification import dense_weight
 
 METHODS = resolve_methods(load_registry())
 ALL_METHODS = resolve_methods(load_registry(), ["svd", "cp", "tucker", "tt"])
@@ -54,7 +55,8 @@ def _seeded() -> Iterator[None]:
 
 def compress(model: nn.Module, budget: float = 0.6, **options: Any) -> Compression:
     grid = Grid(options.pop("methods", METHODS), [RELATIVE], KEEPS, seed=options.pop("seed", 0))
-    goal = Goal(budget, options.pop("cost", "params"))
+    how = options.pop("how", "none")
+    goal = Goal(budget, options.pop("cost", "params"), calibration=how)
     return compress_model(model, grid, goal, greedy, **options)
 
 
@@ -128,6 +130,11 @@ class TestGoal:
     def test_unknown_costs_are_refused(self) -> None:
         with pytest.raises(UsageError, match="unknown cost 'flops'"):
             Goal(0.5, "flops")  # type: ignore[arg-type]
+
+    def test_unknown_calibrations_are_refused(self) -> None:
+        with pytest.raises(UsageError, match="unknown calibration 'magic'") as caught:
+            Goal(0.5, calibration="magic")  # type: ignore[arg-type]
+        assert "none, noise, data" in str(caught.value.hint)
 
     def test_one_is_a_budget(self) -> None:
         assert Goal(1).budget == 1
@@ -256,7 +263,7 @@ def test_35_to_39_layers_of_every_kind(name: str, method: str) -> None:
         if method == "cp":
             continue  # its start depends on the layer's name; the verification compared it
         with torch.no_grad():
-            module.weight.copy_(prepared.reconstruct(move.rank))
+            module.weight.copy_(prepared.refined(move.rank).reconstruct(move.rank))
     if method != "cp":
         x = images(3)
         assert torch.allclose(result.model(x), dense(x), atol=1e-5)
@@ -547,6 +554,16 @@ class TestLaws:
         before = {id(p) for p in model.parameters()}
         assert not before & {id(p) for p in small.parameters()}
 
+    def test_6_calibrating_changes_the_statistics_behind_replaced_layers_only(self) -> None:
+        middle = (nn.BatchNorm2d(8), nn.Conv2d(8, 12, 3), nn.BatchNorm2d(12))
+        model = ready(convnet(*middle), images()).eval()
+        plain, noisy = (
+            compress(model, 0.7, inputs=[images()], how=how).model.state_dict()
+            for how in ("none", "noise")
+        )
+        different = {key for key, value in plain.items() if not torch.equal(value, noisy[key])}
+        assert different == {"4.running_mean", "4.running_var"}
+
     def test_7_the_same_seed_gives_the_same_plan_and_weights(self) -> None:
         model = ready(convnet(nn.Conv2d(8, 12, 3), nn.ReLU(), nn.Conv2d(12, 12, 3)), images())
         cp = {"cp": ALL_METHODS["cp"]}
@@ -683,3 +700,60 @@ class TestInputs:
         assert two[0].shape == (2, 4)
         assert two[1:] == [mask, scale, None]
         assert two_samples([x])[0] is x
+
+
+class TestCalibration:
+    def model(self) -> nn.Module:
+        return ready(convnet(nn.Conv2d(8, 12, 3), nn.BatchNorm2d(12)), images()).eval()
+
+    def test_on_data_it_measures_the_statistics_of_the_features(self) -> None:
+        data = images(32)
+        small = compress(
+            self.model(), 0.7, inputs=[images()], how="data", calibration=[data]
+        ).model.eval()
+        features = small[:3](data)
+        torch.testing.assert_close(small[3].running_mean, features.mean((0, 2, 3)))
+
+    def test_a_plan_that_needs_data_says_so(self) -> None:
+        with pytest.raises(UsageError, match="needs data"):
+            compress(self.model(), 0.7, inputs=[images()], how="data")
+
+    def test_a_plan_applied_again_gives_the_same_statistics(self) -> None:
+        model = self.model()
+        first = compress(model, 0.7, inputs=[images()], how="noise")
+        assert first.plan.calibration == "noise"
+        again = apply_plan(
+            model, Plan.from_json(first.plan.to_json()), METHODS, inputs=[images()]
+        ).model.state_dict()
+        state = first.model.state_dict()
+        assert all(torch.equal(value, again[key]) for key, value in state.items())
+
+    def test_inputs_that_are_no_images_are_left_to_the_verification(self) -> None:
+        class Tokens(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.embed = nn.Embedding(10, 12)
+                self.a, self.b, self.c = (nn.Linear(12, 12) for _ in range(3))
+                self.norm = nn.BatchNorm1d(12)
+
+            def forward(self, ids: Tensor) -> Tensor:
+                x = self.norm(self.b(self.a(self.embed(ids)).mean(1)))
+                return self.c(x)
+
+        ids = torch.randint(10, (4, 5), generator=torch.Generator().manual_seed(0))
+        result = compress(Tokens().eval(), 0.9, inputs=[ids], how="noise")
+        assert result.verified
+        assert result.plan.moves
+
+
+class TestRefinement:
+    def test_the_reported_error_is_that_of_the_module_and_at_most_what_was_scored(self) -> None:
+        model = ready(convnet(nn.Conv2d(8, 12, 3)), images())
+        result = compress(model, 0.7, methods={"tucker": ALL_METHODS["tucker"]})
+        (move,), (candidate,) = result.plan.moves, result.plan.candidates
+        layer = next(layer for layer in result.layers if layer.name == move.layer)
+        assert layer.spec is not None
+        weight = model[2].weight.detach().double()
+        gap = weight - dense_weight(result.model[2], layer.spec)
+        assert result.errors == {"2": pytest.approx(float(gap.norm() / weight.norm()), rel=1e-5)}
+        assert result.errors["2"] < candidate.errors["relative-weights"]

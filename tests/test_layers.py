@@ -424,6 +424,18 @@ class TestTrace:
         assert list(calls) == [model.conv, model.linear]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_trial_restores_statistics_that_torch_changes_unseen(dtype: torch.dtype) -> None:
+    # BatchNorm's kernel does not count its change of the running statistics as a new version.
+    norm = nn.BatchNorm2d(3).to(dtype)
+    before = {name: buffer.clone() for name, buffer in norm.named_buffers()}
+    with trial(norm, training=True):
+        norm(torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0)).to(dtype) + 1)
+        assert not torch.equal(norm.running_mean, before["running_mean"])
+    for name, buffer in norm.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+
+
 def test_a_trial_restores_after_an_error() -> None:
     model = Restless()
     with pytest.raises(ZeroDivisionError), trial(model, training=True):  # noqa: PT012

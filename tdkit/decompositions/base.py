@@ -28,7 +28,13 @@ class Decomposition(ABC):
     """A method. Subclass it, and register it with the hook ``tdkit_decompositions``.
 
     Every ``layer`` below is one group of the real layer: ``groups`` is 1 and there is no bias.
+
+    Attributes:
+        random: Whether the result depends on the seed. A study repeats such a method in every run
+            and measures the others once.
     """
+
+    random: bool = False
 
     def supports(self, layer: LayerSpec) -> str | None:
         """None when the layer can be decomposed, else the reason why not."""
@@ -139,6 +145,14 @@ class Prepared:
         rank that fits.
         """
         return _largest_fitting(self.method, self.group, parameters)
+
+    def refined(self, rank: Rank) -> Prepared:
+        """The layer prepared for this one rank with more effort, never with a larger error.
+
+        Scoring reads many ranks and must be cheap; the rank that is taken in the end deserves
+        more. Unless overridden, there is nothing to gain.
+        """
+        return self
 
     def group_factors(self, rank: Rank) -> list[Sequence[Tensor]]:
         """For each group the weights of its stages, in torch's layout, for the scaled weight."""

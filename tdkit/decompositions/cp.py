@@ -27,6 +27,8 @@ class Cp(Decomposition):
             without bound (de Silva and Lim 2008).
     """
 
+    random = True
+
     def __init__(self, sweeps: int = 50, tolerance: float = 1e-4, ridge: float = 1e-10) -> None:
         self.sweeps = sweeps
         self.tolerance = tolerance

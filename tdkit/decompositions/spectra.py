@@ -56,3 +56,9 @@ def tail_norms(energy: Tensor) -> Tensor:
     tails = torch.zeros(len(energy) + 1, dtype=energy.dtype, device=energy.device)
     tails[:-1] = energy.flip(0).cumsum(0).flip(0)
     return tails.sqrt()
+
+
+def fitted(basis: Tensor, rank: int) -> Tensor:
+    """The first ``rank`` entries of the last axis; zeros where there are fewer."""
+    missing = rank - basis.shape[-1]
+    return torch.nn.functional.pad(basis, (0, missing)) if missing > 0 else basis[..., :rank]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tdkit.decompositions.base import Decomposition, Prepared, Rank
 from tdkit.decompositions.hosvd import hosvd
-from tdkit.decompositions.spectra import energies, leading_basis, tail_norms
+from tdkit.decompositions.spectra import energies, fitted, leading_basis, tail_norms
 from tdkit.specs import LayerSpec
 
 
@@ -125,9 +125,9 @@ class PreparedTensorTrain(Prepared):
         assert isinstance(rank, tuple)
         shapes = [stage.weight_shape for stage in self.method.stages(self.group, rank)]
         columns = [
-            _fitted(self._hosvd.basis_in, rank[0]).mT,
+            fitted(self._hosvd.basis_in, rank[0]).mT,
             *(part.movedim(-1, 1) for part in self._train(rank)[0]),
-            _fitted(self._hosvd.basis_out, rank[-1]),
+            fitted(self._hosvd.basis_out, rank[-1]),
         ]
         return [
             [part[g].reshape(shape) for part, shape in zip(columns, shapes, strict=True)]
@@ -137,7 +137,7 @@ class PreparedTensorTrain(Prepared):
     def _inner(self, rank: tuple[int, ...]) -> Tensor:
         """The weight between the channel bases, (groups, r_1, *kernel, r_last)."""
         core = self._hosvd.core.transpose(1, 2).movedim(2, -1)
-        return _fitted(_fitted(core, rank[-1]).movedim(1, -1), rank[0]).movedim(-1, 1)
+        return fitted(fitted(core, rank[-1]).movedim(1, -1), rank[0]).movedim(-1, 1)
 
     def _train(self, rank: tuple[int, ...]) -> tuple[list[Tensor], float]:
         """The inner carriages (groups, before, kernel, after), and the squared error they add."""
@@ -147,8 +147,8 @@ class PreparedTensorTrain(Prepared):
             basis = leading_basis(matrix)
             core = basis.mT @ matrix
             lost += float(core[:, after:].square().sum())
-            carriages.append(_fitted(basis, after).unflatten(1, (before, n)))
-            rest = _fitted(core.mT, after).mT
+            carriages.append(fitted(basis, after).unflatten(1, (before, n)))
+            rest = fitted(core.mT, after).mT
         return [*carriages, rest.reshape(self.layer.groups, rank[-2], self._shape[-2], -1)], lost
 
     @cached_property
@@ -212,9 +212,3 @@ def _realizable(shape: tuple[int, ...], hundredths: int) -> tuple[int, ...]:
 
 def _shape(layer: LayerSpec) -> tuple[int, ...]:
     return (layer.in_channels, *layer.kernel_size, layer.out_channels)
-
-
-def _fitted(basis: Tensor, rank: int) -> Tensor:
-    """The first ``rank`` entries of the last axis; zeros where there are fewer."""
-    missing = rank - basis.shape[-1]
-    return torch.nn.functional.pad(basis, (0, missing)) if missing > 0 else basis[..., :rank]

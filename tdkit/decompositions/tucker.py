@@ -6,6 +6,7 @@ core to ``r_out`` channels, a 1x1 convolution to all output channels (Kim et al.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 
@@ -14,20 +15,26 @@ from torch import Tensor
 
 from tdkit.decompositions.base import Decomposition, Prepared, Rank
 from tdkit.decompositions.hosvd import hosvd, project
-from tdkit.decompositions.spectra import leading_basis
+from tdkit.decompositions.spectra import fitted, leading_basis
 from tdkit.specs import LayerSpec
+
+# HOOI for the one rank that is taken: its error has settled long before.
+_REFINING = 20
 
 
 class Tucker(Decomposition):
     """Channel-mode Tucker; the rank is (out, in).
 
     Args:
-        sweeps: Sweeps of HOOI (De Lathauwer et al. 2000b) that refine each rank's bases. 0 is the
-            HOSVD that the paper's text names, whose error at every rank is a table look-up.
+        sweeps: The most sweeps of HOOI (De Lathauwer et al. 2000b) that refine each rank's bases.
+            0 is the HOSVD that the paper's text names, whose error at every rank is a table
+            look-up.
+        tolerance: HOOI stops when a sweep adds less than this share of the kept energy.
     """
 
-    def __init__(self, sweeps: int = 0) -> None:
+    def __init__(self, sweeps: int = 0, tolerance: float = 1e-5) -> None:
         self.sweeps = sweeps
+        self.tolerance = tolerance
 
     def supports(self, layer: LayerSpec) -> str | None:
         """Convolutions only: of a matrix, Tucker is an SVD with one stage too many."""
@@ -98,6 +105,15 @@ class PreparedTucker(Prepared):
             return super().unit_error(rank)
         return math.sqrt(float(self._hosvd.squared[rank]))
 
+    def refined(self, rank: Rank) -> PreparedTucker:
+        """The bases of this rank improved by HOOI, from those of the HOSVD."""
+        if self.method.sweeps:
+            return self
+        result = copy.copy(self)
+        result.method = Tucker(sweeps=_REFINING)
+        result._latest = None
+        return result
+
     def group_factors(self, rank: Rank) -> list[Sequence[Tensor]]:
         """The leading bases, refined by HOOI where asked, and the core between them."""
         assert isinstance(rank, tuple)
@@ -105,13 +121,24 @@ class PreparedTucker(Prepared):
         cube = self.weight.flatten(3)
         basis_out = self._hosvd.basis_out[..., :r_out]
         basis_in = self._hosvd.basis_in[..., :r_in]
-        for _ in range(self.method.sweeps):
-            half = torch.einsum("gtck,gcs->gtsk", cube, basis_in)
-            basis_out = leading_basis(half.flatten(2))[..., :r_out]
-            half = torch.einsum("gtck,gtr->gcrk", cube, basis_out)
-            basis_in = leading_basis(half.flatten(2))[..., :r_in]
+        if self.method.sweeps:
+            basis_out, basis_in = self._hooi(cube, basis_out, basis_in)
         core = project(cube, basis_out, basis_in)
         return [self._fold(*parts) for parts in zip(basis_in, core, basis_out, strict=True)]
+
+    def _hooi(self, cube: Tensor, basis_out: Tensor, basis_in: Tensor) -> tuple[Tensor, Tensor]:
+        """Each basis in turn the best for the other, which never lowers the kept energy."""
+        r_out, r_in = basis_out.shape[-1], basis_in.shape[-1]
+        kept = 0.0
+        for _ in range(self.method.sweeps):
+            half = torch.einsum("gtck,gcs->gtsk", cube, basis_in)
+            basis_out = fitted(leading_basis(half.flatten(2)), r_out)
+            half = torch.einsum("gtck,gtr->gcrk", cube, basis_out)
+            basis_in = fitted(leading_basis(half.flatten(2)), r_in)
+            previous, kept = kept, float((basis_in.mT @ half.flatten(2)).square().sum())
+            if kept - previous <= self.method.tolerance * kept:
+                break
+        return basis_out, basis_in
 
     def _fold(self, basis_in: Tensor, core: Tensor, basis_out: Tensor) -> Sequence[Tensor]:
         r_out, r_in = core.shape[:2]

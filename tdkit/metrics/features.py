@@ -42,7 +42,7 @@ def feature_errors(
         UnsupportedError: If the model does not run on the data, or a layer's features are not
             finite.
     """
-    watched = {name: _Watched(name, modules, metrics) for name, modules in stand_ins.items()}
+    watched = {name: Watched(name, modules, metrics) for name, modules in stand_ins.items()}
     handles = [
         model.get_submodule(name).register_forward_hook(watch, with_kwargs=True)
         for name, watch in watched.items()
@@ -51,6 +51,8 @@ def feature_errors(
         for batch in batches:
             with trial(model):
                 model(*copies([batch] if isinstance(batch, Tensor) else batch))
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, TypeError, ValueError) as error:
         raise UnsupportedError(
             f"the model does not run on the data: {first_line(error)}"
@@ -61,8 +63,17 @@ def feature_errors(
     return {name: watch.means() for name, watch in watched.items() if watch.samples}
 
 
-class _Watched:
-    """A forward hook that compares a layer's output with those of its stand-ins."""
+class Watched:
+    """A forward hook that compares a layer's output with those of its stand-ins.
+
+    Args:
+        name: Of the layer, for messages.
+        modules: The stand-ins.
+        metrics: Feature metrics.
+
+    Attributes:
+        samples: How many samples it has seen; none when it never had anything to compare.
+    """
 
     def __init__(self, name: str, modules: Sequence[nn.Module], metrics: Sequence[Metric]) -> None:
         self.name = name
@@ -74,6 +85,7 @@ class _Watched:
     def __call__(
         self, _layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
     ) -> None:
+        """Compare the layer's output for one batch with that of every stand-in."""
         if len(args) + len(kwargs) > 1:
             return  # a stand-in takes the layer's input and no options
         features = output.double().flatten(1)

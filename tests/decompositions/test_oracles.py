@@ -70,6 +70,27 @@ def test_tucker_is_tensorlys_hosvd_and_hooi(rank: tuple[int, int]) -> None:
         assert prepared(Tucker(sweeps), weight).error(rank) == pytest.approx(error, rel=tolerance)
 
 
+@pytest.mark.parametrize("rank", RANKS)
+def test_a_refined_tucker_is_hooi(rank: tuple[int, int]) -> None:
+    weight = smooth_weight(10, 8, 3, 3, decay=0.1)
+    plain = prepared(Tucker(), weight)
+    refined = plain.refined(rank)
+    theirs = tucker_to_tensor(tucker(weight.numpy(), rank=(*rank, 3, 3), n_iter_max=50, tol=1e-12))
+    error = float((weight - torch.from_numpy(theirs)).norm())
+    assert refined.error(rank) == pytest.approx(error, rel=1e-3)
+    assert refined.error(rank) < 0.999 * plain.error(rank)
+
+
+def test_hooi_with_more_outputs_than_the_other_side_can_fill() -> None:
+    got = prepared(Tucker(), smooth_weight(9, 6, 1, 1))
+    assert got.refined((5, 2)).error((5, 2)) == pytest.approx(got.refined((2, 2)).error((2, 2)))
+    assert [tuple(f.shape[:2]) for f in got.refined((5, 2)).factors((5, 2))] == [
+        (2, 6),
+        (5, 2),
+        (9, 5),
+    ]
+
+
 def _truncated_hosvd(tensor: object, ranks: tuple[int, ...]) -> tuple[object, list[object]]:
     factors = []
     for mode, rank in enumerate(ranks):
