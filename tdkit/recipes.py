@@ -41,9 +41,9 @@ class OptimizerRecipe:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        _require("learning_rate", self.learning_rate, self.learning_rate > 0, "above 0")
-        _require("momentum", self.momentum, 0 <= self.momentum < 1, "at least 0 and below 1")
-        _require("weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
+        require("learning_rate", self.learning_rate, self.learning_rate > 0, "above 0")
+        require("momentum", self.momentum, 0 <= self.momentum < 1, "at least 0 and below 1")
+        require("weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
         if self.nesterov and self.momentum == 0:
             raise UsageError("nesterov needs a momentum above 0")
 
@@ -66,8 +66,8 @@ class ScheduleRecipe:
     factor: float = 0.1
 
     def __post_init__(self) -> None:
-        _require("warmup", self.warmup, 0 < self.warmup < 1, "between 0 and 1")
-        _require("factor", self.factor, 0 < self.factor <= 1, "above 0 and at most 1")
+        require("warmup", self.warmup, 0 < self.warmup < 1, "between 0 and 1")
+        require("factor", self.factor, 0 < self.factor <= 1, "above 0 and at most 1")
         if self.name == "multistep" and not self.milestones:
             raise UsageError("milestones must not be empty for the multistep schedule")
 
@@ -86,9 +86,6 @@ class FitRecipe:
         channels_last: Whether the channels lie innermost in memory.
         patience: Stop after this many epochs without a better validation accuracy; never when
             left out.
-        small_epochs: The first epochs, which see the images shrunk to ``small_size`` and so cost
-            less (progressive resizing); for models that take any size.
-        small_size: Height and width in these epochs, in pixels.
     """
 
     epochs: int
@@ -99,21 +96,15 @@ class FitRecipe:
     autocast: Literal["none", "bfloat16"] = "none"
     channels_last: bool = False
     patience: int | None = None
-    small_epochs: int = 0
-    small_size: int = 0
 
     def __post_init__(self) -> None:
-        _require("epochs", self.epochs, self.epochs >= 1, "at least 1")
+        require("epochs", self.epochs, self.epochs >= 1, "at least 1")
         # BatchNorm has no deviation to divide by when a batch holds one image.
-        _require("batch_size", self.batch_size, self.batch_size >= 2, "at least 2")
+        require("batch_size", self.batch_size, self.batch_size >= 2, "at least 2")
         smoothing = self.label_smoothing
-        _require("label_smoothing", smoothing, 0 <= smoothing < 1, "at least 0 and below 1")
+        require("label_smoothing", smoothing, 0 <= smoothing < 1, "at least 0 and below 1")
         if self.patience is not None:
-            _require("patience", self.patience, self.patience >= 1, "at least 1")
-        small = self.small_epochs
-        _require("small_epochs", small, 0 <= small <= self.epochs, f"from 0 to {self.epochs}")
-        if small:
-            _require("small_size", self.small_size, self.small_size >= 1, "at least 1")
+            require("patience", self.patience, self.patience >= 1, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,9 +125,9 @@ class TrainRecipe(FitRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require("seed", self.seed, 0 <= self.seed < 2**63, "at least 0 and below 2**63")
+        require("seed", self.seed, 0 <= self.seed < 2**63, "at least 0 and below 2**63")
         suffix = ".safetensors"
-        _require("output", self.output, self.output.endswith(suffix), f"a name in {suffix}")
+        require("output", self.output, self.output.endswith(suffix), f"a name in {suffix}")
 
 
 def load_recipe(path: Path, cls: type[T]) -> T:
@@ -237,6 +228,11 @@ def _suggestion(name: object, known: Any) -> str:
     return "Possible: " + ", ".join(map(str, known)) + "."
 
 
-def _require(key: str, value: object, good: bool, rule: str) -> None:
+def require(key: str, value: object, good: bool, rule: str) -> None:
+    """Refuse a value of a recipe that breaks a rule.
+
+    Raises:
+        UsageError: Naming the key, the rule and the value.
+    """
     if not good:
         raise UsageError(f"{key} must be {rule}, not {value!r}")

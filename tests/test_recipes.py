@@ -86,8 +86,6 @@ def test_what_is_left_out_has_its_default():
         ('"sgd"', "[]", r"optimizer.name must be one of sgd, adam, adamw, not \[\]", "Possible"),
         ("epochs = 2", "epochs = 0", "some.toml: epochs must be at least 1, not 0", None),
         ("size = 64", "size = 1", "batch_size must be at least 2", None),
-        ("patience = 5", "small_epochs = 3", "small_epochs must be from 0 to 2, not 3", None),
-        ("patience = 5", "small_epochs = 1", "small_size must be at least 1, not 0", None),
         ("patience = 5", "patience = 0", "patience must be at least 1", None),
         ("rate = 1", "rate = 0", "some.toml: optimizer.learning_rate must be above 0", None),
         (
@@ -145,7 +143,11 @@ def test_any_dataclass_can_be_a_recipe():
     assert parse_recipe('layers = []\nkind = "b"\nlimit = 4', Study, "s") == Study((), "b", 4)
 
 
-@pytest.mark.parametrize("file", sorted(Path(__file__).parent.parent.glob("recipes/garipov*.toml")))
+RECIPES = sorted(Path(__file__).parent.parent.glob("recipes/*.toml"))
+TRAININGS = [file for file in RECIPES if "output =" in file.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("file", TRAININGS, ids=lambda file: file.stem)
 def test_the_shipped_recipe_is_valid(file):
     recipe = load_recipe(file, TrainRecipe)
     assert recipe.output == file.with_suffix(".safetensors").name
