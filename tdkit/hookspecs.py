@@ -80,6 +80,9 @@ class ModelRecord:
         weights: Named sources of trained weights, each a callable that returns a state_dict; the
             first is the default.
         allowed_classes: ``package.module:Class`` names that may stand in a file of this model.
+        recipes: How some of ``weights`` were trained, where that is known: by the same name, a
+            callable that returns the text of the recipe, as ``tdkit train`` reads it. Fine-tuning
+            goes on where it ended.
     """
 
     name: str
@@ -89,6 +92,7 @@ class ModelRecord:
     num_classes: int
     weights: Mapping[str, Callable[[], Mapping[str, Tensor]]] = field(default_factory=dict)
     allowed_classes: tuple[str, ...] = ()
+    recipes: Mapping[str, Callable[[], str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ class Report:
         latency: Medians of forward passes.
         accuracy: On the test split.
         images: How many images that split has.
+        compressed: The accuracy of the compressed model before it was fine-tuned.
+        finetuning: How it was fine-tuned, as JSON values; None where it was not.
     """
 
     params: tuple[int, int]
@@ -36,6 +38,8 @@ class Report:
     latency: Latency | None
     accuracy: tuple[float, float] | None
     images: int | None
+    compressed: float | None = None
+    finetuning: Mapping[str, Any] | None = None
 
 
 def measure(
@@ -80,7 +84,10 @@ def summary(
 ) -> dict[str, Any]:
     """The one JSON object that ``tdkit compress --json`` prints."""
     latency = report.latency
-    moves = compression.plan.to_json()["moves"]
+    moves = [
+        {**move, "relative_error": compression.errors[move["layer"]]}
+        for move in compression.plan.to_json()["moves"]
+    ]
     return {
         "budget": compression.plan.budget,
         "cost": compression.plan.cost,
@@ -91,7 +98,9 @@ def summary(
         **_pair("macs", report.macs),
         **_pair("bytes", report.bytes),
         **_pair("accuracy", report.accuracy),
+        "accuracy_compressed": report.compressed,
         "accuracy_images": report.images,
+        "finetuning": report.finetuning,
         "latency_before_ms": None if latency is None else latency.milliseconds[0],
         "latency_after_ms": None if latency is None else latency.milliseconds[1],
         "latency": None if latency is None else _conditions(latency),

@@ -5,18 +5,19 @@ from __future__ import annotations
 import copy
 import math
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tdkit.errors import TdkitError, UsageError
+from tdkit.errors import TdkitError, UnsupportedError, UsageError
+from tdkit.layers import mode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from torch import Tensor
+    from collections.abc import Callable, Iterator, Sequence
 
     from tdkit.datasets.base import Dataset, Split
     from tdkit.hookspecs import ModelRecord
@@ -27,6 +28,13 @@ Device = torch.device | str
 # The one-cycle schedule starts at this share of the highest learning rate and ends near zero.
 _START = 1 / 25
 _END = _START / 1e4
+
+# What stands in for the last learning rate of a schedule that ends near zero.
+NEAR_ZERO_SHARE = 1 / 100
+
+_NEEDED = "Name a data set with labelled images to train on and to validate on."
+
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -49,15 +57,15 @@ class Epoch:
     """One line of a training's history.
 
     Args:
-        number: Counts from 1.
-        loss: Mean loss over the training images, with label smoothing.
+        number: Counts from 1; 0 stands for the weights before the training.
+        loss: Mean loss over the training images, with label smoothing; None for number 0.
         validation_loss: Mean cross-entropy on the validation split, in nats.
         validation_accuracy: Share of correct validation images.
         seconds: Wall time of the epoch, validation included.
     """
 
     number: int
-    loss: float
+    loss: float | None
     validation_loss: float
     validation_accuracy: float
     seconds: float
@@ -72,7 +80,7 @@ class TrainingState(TypedDict):
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
     generator: Tensor
-    history: list[dict[str, float]]
+    history: list[dict[str, Any]]
     best: dict[str, Tensor]
 
 
@@ -87,6 +95,11 @@ class TrainingResult:
 
     weights: dict[str, Tensor]
     history: tuple[Epoch, ...]
+
+    @property
+    def best(self) -> Epoch:
+        """The epoch whose weights are kept."""
+        return _best(self.history)
 
 
 def evaluate(
@@ -118,7 +131,7 @@ def evaluate(
     dtype = dtype or _dtype(model)
     correct: list[Tensor] = []
     loss = 0.0
-    with _evaluation_mode(model), torch.inference_mode():
+    with mode(model, training=False), torch.inference_mode():
         for images, labels in split.batches(batch_size, limit=limit):
             logits = _logits(model, images.to(device, dtype)).to("cpu", torch.float64)
             _check_classes(logits, labels)
@@ -130,7 +143,7 @@ def evaluate(
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
     try:
-        logits: Tensor = model(images)
+        output = model(images)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -139,6 +152,10 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
             f"the model cannot take images of shape {shape}: {reason}",
             "Choose data of the shape that the model was trained on.",
         ) from error
+    # Classifiers with auxiliary heads wrap their logits, torchvision's in train mode only.
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise UsageError(f"the model's output is a {type(output).__name__}, not a tensor of scores")
     return logits
 
 
@@ -154,21 +171,6 @@ def _check_classes(logits: Tensor, labels: Tensor) -> None:
 def _dtype(model: nn.Module) -> torch.dtype:
     floats = (p.dtype for p in model.parameters() if p.is_floating_point())
     return next(floats, torch.float32)
-
-
-class _evaluation_mode:  # noqa: N801
-    """Put every module in evaluation mode, and each back into its own mode at the end."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.training = {name: module.training for name, module in model.named_modules()}
-
-    def __enter__(self) -> None:
-        self.model.eval()
-
-    def __exit__(self, *exc: object) -> None:
-        for name, module in self.model.named_modules():
-            module.training = self.training[name]
 
 
 def learning_rate_share(
@@ -200,6 +202,19 @@ def _half_cosine(start: float, end: float, position: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * position)) / 2
 
 
+def last_learning_rate(recipe: FitRecipe) -> float:
+    """Return the learning rate that a training ended with, to fine-tune at.
+
+    Section 4.1 of the paper fine-tunes at the last learning rate of the training. ``one-cycle``
+    ends at 1/250,000 of its highest rate, at which nothing changes any more; a hundredth of the
+    highest stands in for it, as after the two drops by ten of a step-wise schedule.
+    """
+    if recipe.schedule.name == "one-cycle":
+        return recipe.optimizer.learning_rate * NEAR_ZERO_SHARE
+    share = learning_rate_share(recipe.schedule, recipe.epochs - 1, 1, recipe.epochs)
+    return recipe.optimizer.learning_rate * share
+
+
 def train(
     model: nn.Module,
     dataset: Dataset,
@@ -207,65 +222,184 @@ def train(
     *,
     device: Device = "cpu",
     generator: torch.Generator,
+    keep_better: bool = False,
+    on_step: Callable[[int, int, int], None] | None = None,
     on_epoch: Callable[[Epoch, TrainingState], None] | None = None,
     state: TrainingState | None = None,
 ) -> TrainingResult:
     """Fit a model to the training split and keep the epoch that validates best.
 
     The order and the augmentation of the images, and what a module such as dropout draws, come
-    from ``generator``; torch's global generator is left as it was.
+    from ``generator``; torch's global generator is left as it was. Parameters that require no
+    gradient stay as they are. Weights in half precision are trained in float32, since small steps
+    would be lost to rounding, and rounded at the end.
 
     Args:
         model: Maps (batch, channels, height, width) to logits (batch, classes). It is trained
-            in place and ends with the best weights, in the memory layout it came in.
+            in place and ends with the best weights, in the memory layout, precision and modes it
+            came in.
         dataset: Needs a training and a validation split, both labelled.
         recipe: The hyperparameters.
         device: Where to train; the model is moved there.
         generator: On the CPU; the only source of randomness.
+        keep_better: Whether the weights that the model comes with are kept where no epoch
+            validates better; they are then epoch 0 of the history.
+        on_step: Called after every step with the number of the epoch, the steps done in it and
+            all its steps.
         on_epoch: Called after every epoch with its record and what is needed to resume.
         state: What ``on_epoch`` was handed in an earlier run with the same other arguments; the
             training goes on after that epoch, with the same result as without a break.
 
     Raises:
-        UsageError: A split or its labels are missing, or there are fewer than two images.
+        UsageError: A split or its labels are missing, there are fewer than two images, or the
+            model cannot take them.
+        UnsupportedError: No parameter requires a gradient.
         TdkitError: The loss is no longer finite.
     """
-    training, validation = _splits(dataset)
-    _to_layout(model.to(device), recipe.channels_last)
-    optimizer = _optimizer(model, recipe.optimizer)
-    history: list[Epoch] = []
-    best = _snapshot(model)
-    if state is not None:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"])
-        history = [Epoch(**line) for line in state["history"]]  # type: ignore[arg-type]
-        best = dict(state["best"])
-    while len(history) < recipe.epochs and not _out_of_patience(history, recipe.patience):
-        start = time.perf_counter()
-        loss = _epoch(model, training, optimizer, recipe, len(history), device, generator)
-        measured = evaluate(model, validation, device=device)
-        seconds = time.perf_counter() - start
-        history.append(Epoch(len(history) + 1, loss, measured.loss, measured.accuracy, seconds))
-        if _best_epoch(history) == len(history):
-            best = _snapshot(model)
-        if on_epoch is not None:
-            on_epoch(history[-1], _state(model, optimizer, generator, history, best))
-    model.load_state_dict(best)
-    _to_layout(model, channels_last=False)
-    return TrainingResult(best, tuple(history))
+    training, validation = trainable_splits(dataset)
+    with mode(model.to(device), training=True), _trainable(model, recipe.channels_last):
+        run = _Run(model, recipe, device, generator, _optimizer(model, recipe.optimizer))
+        if state is not None:
+            run.resume(state)
+        while not run.is_over():
+            start = time.perf_counter()
+            number = run.history[-1].number + 1 if run.history else int(not keep_better)
+            loss = run.epoch(number, training, on_step) if number > 0 else None
+            measured = evaluate(model, validation, device=device)
+            seconds = time.perf_counter() - start
+            run.add(Epoch(number, loss, measured.loss, measured.accuracy, seconds))
+            if on_epoch is not None:
+                on_epoch(run.history[-1], run.state())
+        model.load_state_dict(run.best)
+        run.optimizer.zero_grad()
+    return TrainingResult(_snapshot(model), tuple(run.history))
 
 
-def _splits(dataset: Dataset) -> tuple[Split, Split]:
+def trainable_splits(dataset: Dataset) -> tuple[Split, Split]:
+    """Return the training and the validation split of a data set that one can train on.
+
+    Raises:
+        UsageError: One of them or its labels are missing, or there are fewer than two images.
+    """
     training, validation = dataset.train, dataset.validation
+    if any(split is not None and split.labels is None for split in (training, validation)):
+        message = f"training needs labels, and the images of {dataset.name} have none"
+        raise UsageError(message, _NEEDED)
     if training is None or not validation:
         missing = "training" if training is None else "validation"
-        raise UsageError(f"{dataset.name} has no {missing} images")
-    if training.labels is None or validation.labels is None:
-        raise UsageError(f"training needs labels, and the images of {dataset.name} have none")
+        raise UsageError(f"{dataset.name} has no {missing} images", _NEEDED)
     if len(training) < 2:
         raise UsageError(f"training needs at least 2 images, and {dataset.name} has fewer")
     return training, validation
+
+
+class _Run:
+    """A training under way."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: FitRecipe,
+        device: Device,
+        generator: torch.Generator,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        self.model, self.recipe, self.device = model, recipe, device
+        self.generator, self.optimizer = generator, optimizer
+        self.history: list[Epoch] = []
+        self.best = _snapshot(model)
+
+    def resume(self, state: TrainingState) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.history = [Epoch(**line) for line in state["history"]]
+        self.best = dict(state["best"])
+
+    def state(self) -> TrainingState:
+        return {
+            "model": _snapshot(self.model),
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "generator": self.generator.get_state(),
+            "history": [asdict(line) for line in self.history],
+            "best": self.best,
+        }
+
+    def add(self, epoch: Epoch) -> None:
+        self.history.append(epoch)
+        if _best(self.history) is epoch:
+            self.best = _snapshot(self.model)
+
+    def is_over(self) -> bool:
+        if not self.history:
+            return False
+        last, patience = self.history[-1].number, self.recipe.patience
+        idle = last - _best(self.history).number
+        return last >= self.recipe.epochs or (patience is not None and idle >= patience)
+
+    def epoch(
+        self, number: int, split: Split, on_step: Callable[[int, int, int], None] | None
+    ) -> float:
+        """Take one pass over the training images; returns the mean loss per image."""
+        steps = steps_per_epoch(len(split), self.recipe.batch_size)
+        total, count = 0.0, 0
+        with _own_global_generator(self.generator, self.device):
+            batches = _training_batches(split, self.recipe.batch_size, self.generator)
+            for index, (images, labels) in enumerate(batches):
+                self._set_learning_rate((number - 1) * steps + index, steps)
+                loss = self._step(images, labels)
+                if not math.isfinite(loss):
+                    raise TdkitError(
+                        f"the training loss became {loss} in epoch {number}, step {index + 1}",
+                        "Lower the learning rate.",
+                    )
+                total += loss * len(labels)
+                count += len(labels)
+                if on_step is not None:
+                    on_step(number, index + 1, steps)
+        return total / count
+
+    def _set_learning_rate(self, step: int, steps: int) -> None:
+        share = learning_rate_share(self.recipe.schedule, step, steps, self.recipe.epochs)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.optimizer.learning_rate * share
+
+    def _step(self, images: Tensor, labels: Tensor) -> float:
+        images = images.to(self.device, _dtype(self.model))
+        if self.recipe.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        lowered = self.recipe.autocast != "none"
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=lowered):
+            logits = _logits(self.model, images)
+        _check_classes(logits, labels)
+        loss = nn.functional.cross_entropy(
+            logits.float() if lowered else logits,
+            labels.to(self.device),
+            label_smoothing=self.recipe.label_smoothing,
+        )
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return float(loss.detach())
+
+
+@contextmanager
+def _trainable(model: nn.Module, channels_last: bool) -> Iterator[None]:
+    """Put the weights in the memory layout and the precision to train in, and back at the end."""
+    halves = {
+        tensor: tensor.dtype
+        for tensor in chain(model.parameters(), model.buffers())
+        if tensor.dtype in _HALVES
+    }
+    _to_layout(model, channels_last)
+    for tensor in halves:
+        tensor.data = tensor.data.float()
+    try:
+        yield
+    finally:
+        for tensor, dtype in halves.items():
+            tensor.data = tensor.data.to(dtype)
+        _to_layout(model, channels_last=False)
 
 
 def _to_layout(model: nn.Module, channels_last: bool) -> None:
@@ -277,6 +411,11 @@ def _to_layout(model: nn.Module, channels_last: bool) -> None:
 
 def _optimizer(model: nn.Module, recipe: OptimizerRecipe) -> torch.optim.Optimizer:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise UnsupportedError(
+            "no parameter of the model requires a gradient: there is nothing to train",
+            "call model.requires_grad_() before saving it",
+        )
     rate, decay = recipe.learning_rate, recipe.weight_decay
     if recipe.name == "sgd":
         return torch.optim.SGD(
@@ -290,46 +429,6 @@ def _optimizer(model: nn.Module, recipe: OptimizerRecipe) -> torch.optim.Optimiz
     return family(parameters, lr=rate, weight_decay=decay)
 
 
-def _epoch(
-    model: nn.Module,
-    split: Split,
-    optimizer: torch.optim.Optimizer,
-    recipe: FitRecipe,
-    epoch: int,
-    device: Device,
-    generator: torch.Generator,
-) -> float:
-    """Take one pass over the training images; returns the mean loss per image."""
-    steps = steps_per_epoch(len(split), recipe.batch_size)
-    total, count = 0.0, 0
-    model.train()
-    with _own_global_generator(generator, device):
-        batches = _training_batches(split, recipe, epoch, generator)
-        for index, (images, labels) in enumerate(batches):
-            share = learning_rate_share(
-                recipe.schedule, epoch * steps + index, steps, recipe.epochs
-            )
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.optimizer.learning_rate * share
-            loss = _step(model, optimizer, recipe, images.to(device), labels.to(device))
-            if not math.isfinite(loss):
-                raise TdkitError(
-                    f"the training loss became {loss} in epoch {epoch + 1}, step {index + 1}",
-                    "Lower the learning rate.",
-                )
-            total += loss * len(labels)
-            count += len(labels)
-    return total / count
-
-
-def _set_learning_rate(
-    optimizer: torch.optim.Optimizer, recipe: FitRecipe, step: int, steps: int
-) -> None:
-    share = learning_rate_share(recipe.schedule, step, steps, recipe.epochs)
-    for group in optimizer.param_groups:
-        group["lr"] = recipe.optimizer.learning_rate * share
-
-
 def steps_per_epoch(images: int, batch_size: int) -> int:
     """Return the number of steps; a last batch of one image is dropped, others are kept.
 
@@ -340,35 +439,11 @@ def steps_per_epoch(images: int, batch_size: int) -> int:
 
 
 def _training_batches(
-    split: Split, recipe: FitRecipe, epoch: int, generator: torch.Generator
+    split: Split, batch_size: int, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    for images, labels in split.batches(recipe.batch_size, generator=generator, augment=True):
-        if len(labels) < 2:
-            continue
-        if epoch < recipe.small_epochs:
-            size = [recipe.small_size] * 2
-            images = nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
-        yield images, labels
-
-
-def _step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    recipe: FitRecipe,
-    images: Tensor,
-    labels: Tensor,
-) -> float:
-    if recipe.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=recipe.autocast != "none"):
-        logits = model(images)
-    loss = nn.functional.cross_entropy(
-        logits.float(), labels, label_smoothing=recipe.label_smoothing
-    )
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return float(loss.detach())
+    for images, labels in split.batches(batch_size, generator=generator, augment=True):
+        if len(labels) >= 2:
+            yield images, labels
 
 
 class _own_global_generator:  # noqa: N801
@@ -390,37 +465,15 @@ class _own_global_generator:  # noqa: N801
         self.fork.__exit__(*exc)
 
 
-def _best_epoch(history: list[Epoch]) -> int:
-    """Return the number of the first epoch with the highest validation accuracy."""
-    return max(history, key=lambda line: line.validation_accuracy).number
-
-
-def _out_of_patience(history: list[Epoch], patience: int | None) -> bool:
-    return (
-        patience is not None and bool(history) and len(history) - _best_epoch(history) >= patience
-    )
+def _best(history: Sequence[Epoch]) -> Epoch:
+    """Return the first epoch with the highest validation accuracy."""
+    return max(history, key=lambda line: line.validation_accuracy)
 
 
 def _snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in model.state_dict().items()
-    }
-
-
-def _state(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
-    history: list[Epoch],
-    best: dict[str, Tensor],
-) -> TrainingState:
-    return {
-        "model": _snapshot(model),
-        "optimizer": copy.deepcopy(optimizer.state_dict()),
-        "generator": generator.get_state(),
-        "history": [asdict(line) for line in history],
-        "best": best,
     }
 
 

@@ -14,13 +14,20 @@ from torch import nn
 from typer.testing import CliRunner
 
 from tdkit.datasets.base import Dataset, TensorSplit
-from tdkit.errors import StorageError, TdkitError, UnreadableFileError, UsageError
+from tdkit.errors import (
+    StorageError,
+    TdkitError,
+    UnreadableFileError,
+    UnsupportedError,
+    UsageError,
+)
 from tdkit.hookspecs import ModelRecord
 from tdkit.recipes import FitRecipe, OptimizerRecipe, ScheduleRecipe
 from tdkit.training import (
     Epoch,
     evaluate,
     initial_model,
+    last_learning_rate,
     learning_rate_share,
     steps_per_epoch,
     train,
@@ -379,32 +386,6 @@ def test_bfloat16_lowers_the_precision_of_the_forward_pass_only():
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
-def test_the_first_epochs_see_small_images():
-    seen = []
-    model = toy_model()
-    model[0].register_forward_pre_hook(
-        lambda module, inputs: seen.append((module.training, tuple(inputs[0].shape[2:]))) and None
-    )
-    recipe = replace(RECIPE, batch_size=64, small_epochs=2, small_size=5)
-    train(model, toy_data(), recipe, generator=seeded())
-    small, full, validation = (True, (5, 5)), (True, (8, 8)), (False, (8, 8))
-    assert seen == [small, validation, small, validation, full, validation]
-
-
-def test_small_images_are_the_large_ones_shrunk():
-    """A uniform image stays uniform, at the same brightness."""
-    labels = torch.arange(8) % 2
-    split = TensorSplit(torch.full((8, 1, 30, 30), 51.0), labels, (50.0,), (1.0,))
-    data, inputs = replace(toy_data(), train=split), []
-    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 2))
-    model[0].register_forward_pre_hook(lambda _, images: inputs.append(images[0]) and None)
-    recipe = replace(RECIPE, epochs=1, small_epochs=1, small_size=10)
-    train(model, data, recipe, generator=seeded())
-    assert inputs[0].shape == (8, 1, 10, 10)
-    # The crop pads with black at the border only.
-    assert torch.allclose(inputs[0][:, :, 3:7, 3:7], torch.tensor(1.0))
-
-
 def test_the_initial_model_follows_its_seed_alone():
     def create(in_channels: int, num_classes: int) -> nn.Module:
         return nn.Linear(in_channels, num_classes)
@@ -422,6 +403,200 @@ def test_a_model_needs_classes():
     record = ModelRecord("linear", "", nn.Linear, (1, 8, 8), 2)
     with pytest.raises(UsageError, match="training needs labels, and the images of toy have none"):
         initial_model(record, replace(toy_data(), classes=()), 0)
+
+
+PAPER = ScheduleRecipe("multistep", milestones=(30, 60, 90))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "epochs", "last"),
+    [
+        (ScheduleRecipe(), 7, 0.1),
+        (PAPER, 100, 1e-4),
+        (PAPER, 91, 1e-4),
+        (PAPER, 90, 1e-3),
+        (PAPER, 30, 0.1),
+        (ScheduleRecipe("one-cycle"), 12, 1e-3),
+    ],
+)
+def test_the_last_learning_rate_is_that_of_the_last_epoch(schedule, epochs, last):
+    recipe = replace(RECIPE, epochs=epochs, schedule=schedule)
+    assert last_learning_rate(recipe) == pytest.approx(last)
+    if schedule.name != "one-cycle":
+        share = learning_rate_share(schedule, 10 * epochs - 1, 10, epochs)
+        assert last_learning_rate(recipe) == pytest.approx(0.1 * share)
+
+
+def trained(epochs: int = 6) -> nn.Module:
+    model = toy_model()
+    train(model, toy_data(128), replace(RECIPE, epochs=epochs), generator=seeded())
+    return model
+
+
+def test_weights_that_no_epoch_improves_are_kept():
+    model, data = trained(), toy_data()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    accuracy = evaluate(model, data.validation).accuracy
+    harmful = replace(RECIPE, optimizer=OptimizerRecipe("sgd", 30.0))
+    result = train(model, data, harmful, generator=seeded(), keep_better=True)
+    first, *others = result.history
+    assert (first.number, first.loss, first.validation_accuracy) == (0, None, accuracy)
+    assert [epoch.number for epoch in others] == [1, 2, 3]
+    assert max(epoch.validation_accuracy for epoch in others) <= accuracy
+    assert result.best is first
+    assert equal(before, model.state_dict())
+    assert equal(before, result.weights)
+    # Without being asked for they are not among those to choose from.
+    result = train(model, data, harmful, generator=seeded())
+    assert result.best.number > 0
+    assert not equal(before, model.state_dict())
+
+
+@pytest.mark.parametrize("rate", [1e-30, 1e-3, 0.1, 1.0, 10.0])
+def test_keeping_the_better_weights_never_makes_validation_worse(rate):
+    model, data = toy_model(), toy_data()
+    before = evaluate(model, data.validation).accuracy
+    recipe = replace(RECIPE, optimizer=OptimizerRecipe("sgd", rate))
+    result = train(model, data, recipe, generator=seeded(), keep_better=True)
+    after = evaluate(model, data.validation).accuracy
+    assert after == result.best.validation_accuracy >= before
+    assert equal(result.weights, model.state_dict())
+
+
+def test_the_weights_before_count_against_the_patience():
+    recipe = replace(RECIPE, epochs=50, optimizer=OptimizerRecipe("sgd", 1e-30), patience=3)
+    model = trained()
+    for module in model:
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.0
+    result = train(model, toy_data(), recipe, generator=seeded(), keep_better=True)
+    assert [epoch.number for epoch in result.history] == [0, 1, 2, 3]
+    assert result.best.number == 0
+
+
+@pytest.mark.parametrize("last", [0, 1, 3])
+def test_keeping_the_better_weights_can_be_interrupted(tmp_path, last):
+    data, file = toy_data(), tmp_path / "state.pt"
+
+    def stop(epoch: Epoch, state: dict) -> None:
+        torch.save(state, file)
+        if epoch.number == last:
+            raise KeyboardInterrupt
+
+    def run(model: nn.Module, seed: int = 0, **options):
+        return train(model, data, RECIPE, generator=seeded(seed), keep_better=True, **options)
+
+    whole = run(toy_model(dropout=0.3))
+    with pytest.raises(KeyboardInterrupt):
+        run(toy_model(dropout=0.3), on_epoch=stop)
+    state = torch.load(file, weights_only=True)
+    resumed = run(toy_model(9, 0.3), 9, state=state)
+    assert equal(whole.weights, resumed.weights)
+    assert [e.validation_loss for e in whole.history] == [
+        e.validation_loss for e in resumed.history
+    ]
+
+
+def test_every_step_is_told():
+    seen = []
+    train(
+        toy_model(),
+        toy_data(),
+        replace(RECIPE, epochs=2, batch_size=24),
+        generator=seeded(),
+        on_step=lambda *numbers: seen.append(numbers),
+        on_epoch=lambda epoch, _: seen.append(epoch.number),
+    )
+    assert seen == [(1, 1, 3), (1, 2, 3), (1, 3, 3), 1, (2, 1, 3), (2, 2, 3), (2, 3, 3), 2]
+
+
+def test_frozen_parameters_stay_and_modes_and_gradients_are_as_before():
+    model = toy_model().eval()
+    model[2].train()
+    model[0].weight.requires_grad = False
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    train(model, toy_data(), RECIPE, generator=seeded())
+    changed = [name for name in before if not torch.equal(before[name], model.state_dict()[name])]
+    assert "0.weight" not in changed
+    assert {"1.weight", "1.bias", "1.running_mean", "6.weight", "6.bias"} <= set(changed)
+    assert [module.training for module in model] == [False, False, True, *[False] * 4]
+    assert not model.training
+    assert not model[0].weight.requires_grad
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_model_that_is_frozen_whole_cannot_be_trained():
+    with pytest.raises(UnsupportedError, match="no parameter of the model requires a gradient"):
+        train(toy_model().requires_grad_(False), toy_data(), RECIPE, generator=seeded())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_trained_in_full_and_rounded_at_the_end(dtype):
+    """Steps this small would all be lost to rounding."""
+    recipe = replace(RECIPE, optimizer=OptimizerRecipe("sgd", 2e-3, momentum=0.0), epochs=8)
+    half, full = toy_model().to(dtype), toy_model().to(dtype).float()
+    before = half[6].weight.clone()
+    result = train(half, toy_data(), recipe, generator=seeded())
+    train(full, toy_data(), recipe, generator=seeded())
+    rounded = {name: t.to(half.state_dict()[name].dtype) for name, t in full.state_dict().items()}
+    assert equal(half.state_dict(), rounded)
+    assert equal(result.weights, rounded)
+    assert half[6].weight.dtype == dtype
+    assert not torch.equal(half[6].weight, before)
+
+
+def test_double_precision_is_kept():
+    optimizer = OptimizerRecipe("sgd", 0.1, momentum=0.0)
+    recipe = FitRecipe(epochs=1, batch_size=64, optimizer=optimizer)
+    model, expected = toy_model().double(), toy_model().double()
+    generator = seeded(3)
+    torch.randint(2**63 - 1, (), generator=generator)
+    images, labels = next(toy_data().train.batches(64, generator=generator, augment=True))
+    nn.functional.cross_entropy(expected(images.double()), labels).backward()
+    train(model, toy_data(), recipe, generator=seeded(3))
+    for found, start in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(found, start - 0.1 * start.grad, rtol=1e-12, atol=1e-14)
+
+
+class Wrapped(nn.Module):
+    """Gives its logits with those of an auxiliary head in train mode, as torchvision's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = toy_model()
+
+    def forward(self, images: torch.Tensor):
+        from torchvision.models.googlenet import GoogLeNetOutputs
+
+        logits = self.net(images)
+        return GoogLeNetOutputs(logits, None, None) if self.training else logits
+
+
+def test_wrapped_logits_are_unwrapped():
+    wrapped, plain = Wrapped(), toy_model()
+    train(wrapped, toy_data(), RECIPE, generator=seeded())
+    train(plain, toy_data(), RECIPE, generator=seeded())
+    assert equal(wrapped.net.state_dict(), plain.state_dict())
+
+
+def test_an_output_that_is_no_tensor_is_named():
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = toy_model()
+
+        def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"scores": self.net(images)}
+
+    with pytest.raises(UsageError, match="output is a dict, not a tensor"):
+        train(Named(), toy_data(), RECIPE, generator=seeded())
+
+
+def test_training_on_more_classes_than_the_model_has_is_refused():
+    labels = torch.arange(64) % 3
+    data = replace(toy_data(), train=replace(toy_split(64), labels=labels))
+    with pytest.raises(UsageError, match="no score for each of at least 3 classes"):
+        train(toy_model(), data, RECIPE, generator=seeded())
 
 
 @pytest.fixture

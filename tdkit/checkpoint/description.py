@@ -34,6 +34,7 @@ class Description:
         arch: What the model was made from: a registered name, ``package.module:callable`` or None.
         arch_options: Keywords for it: ``in_channels`` and ``num_classes``.
         input_shape: Shape of one input without the batch axis, or None.
+        training: How the weights were trained, as far as known; see :mod:`tdkit.finetuning`.
     """
 
     plan: Mapping[str, Any] | None = None
@@ -41,6 +42,7 @@ class Description:
     arch: str | None = None
     arch_options: Mapping[str, int] = field(default_factory=dict)
     input_shape: tuple[int, ...] | None = None
+    training: Mapping[str, Any] | None = None
 
     def to_text(self) -> str:
         """The description as JSON text, read back by :func:`read_description`.
@@ -58,6 +60,7 @@ class Description:
             "input_shape": self.input_shape,
             "structure": structure,
             "plan": self.plan,
+            "training": self.training,
         }
         try:
             return json.dumps(value)
@@ -85,15 +88,18 @@ def read_description(text: object, source: object) -> Description:
         raise _wrong(source, "is not a JSON object")
     if value.get("version") != _VERSION:
         raise _wrong(source, f"has the version {shown(value.get('version'))}, not {_VERSION}")
-    plan, arch = value.get("plan"), value.get("arch")
-    if not (plan is None or isinstance(plan, dict)) or not (arch is None or isinstance(arch, str)):
-        raise _wrong(source, "has a plan or an architecture of the wrong kind")
+    plan, arch, training = (value.get(key) for key in ("plan", "arch", "training"))
+    if not all(part is None or isinstance(part, dict) for part in (plan, training)) or not (
+        arch is None or isinstance(arch, str)
+    ):
+        raise _wrong(source, "has a plan, a training or an architecture of the wrong kind")
     return Description(
         plan=plan,
         structure=_structure(value.get("structure"), source),
         arch=arch,
         arch_options=_options(value.get("arch_options"), source),
         input_shape=_shape(value.get("input_shape"), source),
+        training=training,
     )
 
 

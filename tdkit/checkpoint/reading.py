@@ -19,7 +19,16 @@ from tdkit.checkpoint.description import KEY, Description, read_description
 from tdkit.checkpoint.imports import import_named
 from tdkit.checkpoint.modules import check_module
 from tdkit.checkpoint.recognition import recognise
-from tdkit.checkpoint.states import Fit, Misfit, fill, find_entry, fit, is_state, match
+from tdkit.checkpoint.states import (
+    Fit,
+    Misfit,
+    fill,
+    find_entry,
+    find_optimizer,
+    fit,
+    is_state,
+    match,
+)
 from tdkit.checkpoint.text import listed, shown
 from tdkit.errors import TdkitError, UnreadableFileError, UsageError
 
@@ -47,6 +56,7 @@ class LoadedModel:
         notes: What the user should be told.
         structure: Dotted name of each layer that tdkit replaced to the layers that stand there.
         arch_options: Keywords for ``arch``, other than its defaults.
+        training: How the weights were trained, as far as known; see :mod:`tdkit.finetuning`.
     """
 
     model: nn.Module
@@ -58,6 +68,7 @@ class LoadedModel:
     notes: tuple[str, ...] = ()
     structure: Mapping[str, tuple[LayerSpec, ...]] = field(default_factory=dict)
     arch_options: Mapping[str, int] = field(default_factory=dict)
+    training: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -166,6 +177,7 @@ def load_into(
         notes=(*notes, *_stripped_note(found)),
         structure=description.structure,
         arch_options=description.arch_options,
+        training=description.training,
     )
 
 
@@ -197,13 +209,18 @@ def _load_file(
     if unsafe:
         notes = (*notes, "unsafe loading was asked for: the file could run any code")
     description = read_description(text, path) if text is not None else Description()
+    training = description.training
+    if training is None and (optimizer := find_optimizer(contents.value)) is not None:
+        training = {"optimizer": optimizer}
     if isinstance(value, nn.Module):
-        return _whole_model(value, path, description, notes, arch, unsafe)
+        loaded = _whole_model(value, path, description, notes, arch, unsafe)
+        return replace(loaded, training=training)
     loaded = _from_state(value, path, models, arch, description)
     return replace(
         loaded,
         format="safetensors" if contents.kind == "safetensors" else "state-dict",
         notes=(*notes, *loaded.notes),
+        training=training,
     )
 
 
@@ -361,6 +378,7 @@ def _arch(name: str, models: Mapping[str, ModelRecord]) -> _Arch:
 def _load_registered(source: str, record: ModelRecord, weights: str | None) -> LoadedModel:
     chosen = _weights_name(record, weights)
     options: Mapping[str, int] = {}
+    training: Mapping[str, Any] | None = None
     if chosen is None:
         model = _created(record)
         note = f"{record.name} has random weights"
@@ -373,6 +391,8 @@ def _load_registered(source: str, record: ModelRecord, weights: str | None) -> L
             )
         model, options = fill(found, record.create, {}), found.options
         note = f"{record.name} has the weights {chosen}"
+        if chosen in record.recipes:
+            training = {"recipe": record.recipes[chosen]()}
     return LoadedModel(
         model=model.eval(),
         source=source,
@@ -381,6 +401,7 @@ def _load_registered(source: str, record: ModelRecord, weights: str | None) -> L
         input_shape=record.input_shape,
         notes=(note,),
         arch_options=options,
+        training=training,
     )
 
 

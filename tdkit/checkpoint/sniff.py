@@ -93,10 +93,11 @@ def _kind_of_head(head: bytes, path: Path) -> Kind:
     for offset, magic, name in _MAGIC:
         if head.startswith(magic, offset):
             raise UnreadableFileError(f"{path} is {name}", WANTED)
-    if head[:1] == b"\x80" and head[1:2] <= b"\x05":
-        return "pickle"
+    # Before pickle: a header of 640 bytes starts like pickle's protocol 2.
     if head[7:9] == b"\0{":
         return "safetensors"
+    if head[:1] == b"\x80" and head[1:2] <= b"\x05":
+        return "pickle"
     _refuse_text(head, path)
     if path.suffix == ".safetensors":
         raise UnreadableFileError(f"{path} has no valid safetensors header", ASK_AGAIN)

@@ -34,6 +34,10 @@ _USUAL_ENTRIES = (
 )
 
 
+# Beyond any setting of an optimizer; a whole number may be too large to be a float at all.
+_MOST = 1e18
+
+
 @dataclass(frozen=True)
 class Misfit:
     """How a state dict differs from what a model expects.
@@ -122,6 +126,34 @@ def find_entry(checkpoint: Mapping[Any, Any], source: object) -> tuple[str, Any]
         raise UnreadableFileError(f"{source} holds several state dicts: {listed(found, 8)}", hint)
     keys = listed(checkpoint, 8) if checkpoint else "nothing"
     raise UnreadableFileError(f"{source} holds no state dict, only: {keys}", hint)
+
+
+def find_optimizer(checkpoint: object) -> dict[str, bool | int | float] | None:
+    """The settings that an optimizer ended with, from its state dict in a training checkpoint.
+
+    Args:
+        checkpoint: What the file holds.
+
+    Returns:
+        The numbers of the parameter group with the lowest learning rate above zero, such as
+        ``lr`` and ``momentum``; None when there is no such group.
+    """
+    entries = list(checkpoint.values()) if isinstance(checkpoint, Mapping) else []
+    entries += [item for entry in entries if isinstance(entry, list) for item in entry]
+    states = [entry.get("param_groups") for entry in entries if isinstance(entry, Mapping)]
+    groups = [group for state in states if isinstance(state, list) for group in state]
+    found = [numbers for group in groups if (numbers := _numbers(group)).get("lr", 0) > 0]
+    return min(found, key=lambda numbers: numbers["lr"], default=None)
+
+
+def _numbers(group: object) -> dict[str, bool | int | float]:
+    """The numbers among some settings; whatever else a file puts there is left out."""
+    items = group.items() if isinstance(group, Mapping) else ()
+    return {
+        name: value
+        for name, value in items
+        if isinstance(name, str) and isinstance(value, int | float) and abs(value) < _MOST
+    }
 
 
 def build_light(create: Callable[..., nn.Module], options: Mapping[str, int]) -> nn.Module:

@@ -59,6 +59,7 @@ def save_model(
     arch: str | None = None,
     input_shape: Sequence[int] | None = None,
     arch_options: Mapping[str, int] | None = None,
+    training: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a model to a file, whole or not at all.
 
@@ -78,6 +79,7 @@ def save_model(
         arch: What the model was made from: a registered name or ``package.module:callable``.
         input_shape: Shape of one input without the batch axis; ``onnx`` and ``pt2`` need it.
         arch_options: Keywords that ``arch`` was made with: in_channels, num_classes.
+        training: How the weights were trained, as JSON values; see :mod:`tdkit.finetuning`.
 
     Raises:
         UsageError: If the format is unknown or lacks the input's shape or a package, or if the
@@ -92,6 +94,7 @@ def save_model(
         arch=arch,
         arch_options=dict(arch_options or {}),
         input_shape=tuple(input_shape) if input_shape is not None else None,
+        training=training,
     )
     _check_request(format, description.input_shape)
     text = description.to_text()

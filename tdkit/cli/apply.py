@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -18,10 +19,7 @@ def apply(
         Optional[Path],  # noqa: UP045
         typer.Option("--output", "-o", help="Where the model goes; MODEL-PLAN.pt if unset."),
     ] = None,
-    format: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="module, state-dict, safetensors, onnx or pt2; as the input if unset."),
-    ] = None,
+    format: options.Format = None,
     arch: options.Arch = None,
     weights: options.Weights = None,
     allow_class: options.AllowClass = None,
@@ -29,6 +27,11 @@ def apply(
     input_shape: options.InputShape = None,
     data: options.Data = None,
     data_root: options.DataRoot = None,
+    calibrate: options.Calibrate = "auto",
+    samples: options.Samples = 512,
+    finetune: options.Finetune = None,
+    learning_rate: options.LearningRate = None,
+    resume: options.Resume = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Batch of the latency runs.")] = 32,
     device: options.Device = "auto",
     json: options.Json = False,
@@ -39,12 +42,20 @@ def apply(
     Example: `tdkit apply plan.json garipov -o small.pt`
     """
     from tdkit.api import resolve_methods
-    from tdkit.cli.common import Source, image_size, open_dataset, open_model, open_registry
+    from tdkit.cli.common import (
+        Source,
+        calibration_batches,
+        open_registry,
+        open_with_data,
+        settle_calibration,
+    )
     from tdkit.cli.finish import Destination, finish
+    from tdkit.cli.fitting import Finetuning, asked_for
     from tdkit.compression import apply_plan
     from tdkit.plans import read_plan
 
     start = time.perf_counter()
+    wishes = asked_for(finetune, learning_rate, resume)
     registry = open_registry()
     wanted = read_plan(plan)
     methods = resolve_methods(registry, sorted({move.method for move in wanted.moves}))
@@ -53,12 +64,20 @@ def apply(
     source = Source(
         model, arch, weights, classes, unsafe_load, input_shape, device, seed=wanted.seed
     )
-    size = image_size(source, registry)
-    dataset = open_dataset(data, registry, data_root, size) if data else None
-    opened = open_model(source, registry, dataset)
+    opened, dataset = open_with_data(source, registry, data, data_root)
     default = f"{opened.name}-{plan.stem.removesuffix('.plan')}"
     destination = Destination.of(opened, output, default, format, force, inputs=[model, plan])
     destination.check()
-    result = apply_plan(opened.model, wanted, methods, inputs=opened.inputs())
-    test = dataset.test if dataset else None
-    finish(opened, result, destination, test=test, batch=batch_size, start=start, json=json)
+    tuning = None
+    if wishes is not None:
+        seed = wanted.seed % 2**63
+        tuning = Finetuning.of(opened, dataset, wishes, seed, resume, inputs=[model, plan])
+    how = settle_calibration(calibrate, dataset, wanted.calibration)
+    result = apply_plan(
+        opened.model,
+        replace(wanted, calibration=how),
+        methods,
+        inputs=opened.inputs(),
+        calibration=calibration_batches(how, dataset, samples, opened.model),
+    )
+    finish(opened, result, destination, dataset, tuning, batch=batch_size, start=start, json=json)

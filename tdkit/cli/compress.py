@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -22,10 +23,7 @@ def compress(
         Optional[Path],  # noqa: UP045
         typer.Option("--output", "-o", help="Where the model goes; MODEL-BUDGET.pt if unset."),
     ] = None,
-    format: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="module, state-dict, safetensors, onnx or pt2; as the input if unset."),
-    ] = None,
+    format: options.Format = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan as JSON and write nothing.")
     ] = False,
@@ -35,16 +33,11 @@ def compress(
     ] = "relative-weights",
     planner: Annotated[str, typer.Option(help="How to choose among candidates.")] = "greedy",
     keeps: options.Keeps = None,
-    recalibrate: Annotated[
-        bool,
-        typer.Option(
-            "--recalibrate",
-            help="Measure BatchNorm's statistics again, on training images of --data.",
-        ),
-    ] = False,
-    samples: Annotated[
-        int, typer.Option(min=1, help="Images for feature metrics and --recalibrate.")
-    ] = 512,
+    calibrate: options.Calibrate = "auto",
+    samples: options.Samples = 512,
+    finetune: options.Finetune = None,
+    learning_rate: options.LearningRate = None,
+    resume: options.Resume = None,
     layers: options.Layers = None,
     include_ends: options.IncludeEnds = False,
     arch: options.Arch = None,
@@ -65,28 +58,28 @@ def compress(
     Example: `tdkit compress model.pt --budget 0.5 --input-shape 3,224,224 -o small.pt`
     """
     from tdkit.api import resolve_methods, resolve_metrics
-    from tdkit.calibration import recalibrate as renew_statistics
     from tdkit.candidates import COMPRESSION_KEEPS, Grid
     from tdkit.cli.common import (
         Source,
         calibration_batches,
         feature_batches,
         file_json,
-        image_size,
-        open_dataset,
-        open_model,
         open_registry,
+        open_with_data,
         parse_fraction,
         parse_keeps,
         parse_names,
+        settle_calibration,
     )
     from tdkit.cli.display import progress_bar, stdout
     from tdkit.cli.finish import Destination, finish, print_notes
+    from tdkit.cli.fitting import Finetuning, asked_for
     from tdkit.compression import Goal, compress_model
     from tdkit.registry import lookup
 
     start = time.perf_counter()
     fraction = parse_fraction(budget, "--budget")
+    wishes = asked_for(finetune, learning_rate, resume)
     registry = open_registry()
     metrics = resolve_metrics(registry, [metric])
     chooser = lookup(registry.planners, planner, "planner")
@@ -99,16 +92,15 @@ def compress(
         "best",
         seed,
     )
-    size = image_size(source, registry)
-    dataset = open_dataset(data, registry, data_root, size, seed) if data else None
-    opened = open_model(source, registry, dataset)
+    opened, dataset = open_with_data(source, registry, data, data_root)
+    goal = replace(goal, calibration=settle_calibration(calibrate, dataset))
     if cost == "macs":
         opened.require_shape("counting MACs")
     default = f"{opened.name}-{goal.budget:g}"
     destination = Destination.of(opened, output, default, format, force, inputs=[model])
     if not dry_run:
         destination.check()
-    calibration = calibration_batches(dataset, samples, opened.model) if recalibrate else []
+    tuning = Finetuning.of(opened, dataset, wishes, seed, resume, [model]) if wishes else None
     needs_data = any(m.target == "features" for m in metrics)
     with progress_bar("scoring", then="replacing and verifying") as progress:
         result = compress_model(
@@ -118,6 +110,7 @@ def compress(
             chooser.create(),
             inputs=opened.inputs(),
             batches=feature_batches(dataset, samples, opened.model) if needs_data else [],
+            calibration=calibration_batches(goal.calibration, dataset, samples, opened.model),
             patterns=layers or (),
             keep_ends=not include_ends,
             progress=progress,
@@ -126,7 +119,4 @@ def compress(
         stdout().out(file_json(result.plan.to_json()), end="")
         print_notes(opened, result)
         return
-    if recalibrate:
-        renew_statistics(result.model, calibration)
-    test = dataset.test if dataset else None
-    finish(opened, result, destination, test=test, batch=batch_size, start=start, json=json)
+    finish(opened, result, destination, dataset, tuning, batch=batch_size, start=start, json=json)

@@ -27,9 +27,14 @@ def say(text: str) -> None:
     stdout().print(text, soft_wrap=True)
 
 
+def remark(text: str) -> None:
+    """Print a line on stderr."""
+    stderr().print(text, soft_wrap=True)
+
+
 def note(text: str) -> None:
-    """Print a remark on stderr."""
-    stderr().print(f"note: {text}", soft_wrap=True)
+    """Print what the user should know on stderr."""
+    remark(f"note: {text}")
 
 
 @contextmanager
@@ -61,8 +66,14 @@ def progress_bar(title: str, then: str) -> Iterator[Callable[[int, int], None]]:
         TaskProgressColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
-    shown = console.is_terminal
-    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
+    with Progress(
+        *columns,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        # Units may take minutes: the ETA follows the speed of the last hour.
+        speed_estimate_period=3600,
+    ) as progress:
         task = progress.add_task(title, total=None)
 
         def update(done: int, total: int) -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tdkit.errors import UsageError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from tdkit.cli.common import Opened
+    from tdkit.cli.fitting import Finetuning, Tuned
     from tdkit.compression import Compression
-    from tdkit.datasets.base import Split
+    from tdkit.datasets.base import Dataset
     from tdkit.reports import Report
+    from tdkit.specs import LayerSpec
 
 _SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "pt2": ".pt2"}
 
@@ -75,12 +79,12 @@ class Destination:
         path = output or Path(default + _SUFFIXES.get(format, ".pt"))
         return cls(path, format, force, tuple(inputs))
 
-    def check(self) -> None:
+    def check(self, *, with_plan: bool = True) -> None:
         """Refuse early what could not be written at the end."""
         from tdkit.checkpoint import check_writable
 
         check_writable(self.path, force=self.force, inputs=self.inputs)
-        if not self.has_plan:
+        if with_plan and not self.has_plan:
             check_writable(self.plan, force=self.force, inputs=self.inputs)
 
 
@@ -88,20 +92,36 @@ def finish(
     opened: Opened,
     result: Compression,
     destination: Destination,
+    dataset: Dataset | None,
+    tuning: Finetuning | None,
     *,
-    test: Split | None,
     batch: int,
     start: float,
     json: bool,
 ) -> None:
-    """Measure the compressed model, write it with its plan, and print the report."""
+    """Fine-tune the compressed model if asked to, measure and write it, and print the report.
+
+    Args:
+        opened: The dense model.
+        result: Its compression.
+        destination: Where it goes.
+        dataset: Its test split is for accuracy.
+        tuning: The fine-tuning, if there is to be one.
+        batch: Inputs per timed pass.
+        start: When the command started, in seconds.
+        json: Whether to print one JSON object instead of tables.
+    """
     from tdkit.cli.common import file_json
     from tdkit.cli.display import say, stdout, waiting
     from tdkit.reports import measure, summary
 
+    tuned = None if tuning is None else tuning.run(result.model, quiet=json)
+    test = None if dataset is None else dataset.test
     with waiting("measuring"):
         report = measure(opened.model, result, inputs=opened.inputs(batch), test=test)
-    _write(opened, result, destination)
+    if tuned is not None:
+        report = replace(report, compressed=tuned.accuracy, finetuning=tuned.summary())
+    _write(opened, result, destination, tuned)
     if json:
         value = summary(
             report,
@@ -132,34 +152,69 @@ def print_notes(opened: Opened, result: Compression) -> None:
         note("not verified and not timed: that takes --input-shape, such as 3,224,224")
 
 
-def _write(opened: Opened, result: Compression, destination: Destination) -> None:
-    from tdkit.checkpoint import atomic_write, save_model
+def save(
+    opened: Opened,
+    model: nn.Module,
+    destination: Destination,
+    *,
+    plan: Mapping[str, Any] | None,
+    structure: Mapping[str, Sequence[LayerSpec]],
+    training: Mapping[str, Any] | None,
+) -> None:
+    """Write a model that was made from an opened one, for any machine to load.
+
+    Args:
+        opened: What it was made from.
+        model: The model; it is moved to the CPU.
+        destination: Where it goes.
+        plan: The plan that it carries.
+        structure: The stages of its replaced layers, besides those that it came with.
+        training: What is known about its training.
+    """
+    from tdkit.checkpoint import save_model
+
+    save_model(
+        model.cpu(),
+        destination.path,
+        format=destination.format,
+        force=destination.force,
+        inputs=destination.inputs,
+        plan=plan,
+        structure={**opened.loaded.structure, **structure},
+        arch=opened.loaded.arch,
+        input_shape=opened.shape,
+        arch_options=opened.loaded.arch_options,
+        training=training,
+    )
+
+
+def _write(
+    opened: Opened, result: Compression, destination: Destination, tuned: Tuned | None
+) -> None:
+    from tdkit.checkpoint import atomic_write
     from tdkit.cli.common import file_json
 
     plan = result.plan.to_json()
+    training = opened.loaded.training if tuned is None else tuned.training
 
-    def save() -> None:
-        save_model(
+    def write() -> None:
+        save(
+            opened,
             result.model,
-            destination.path,
-            format=destination.format,
-            force=destination.force,
-            inputs=destination.inputs,
+            destination,
             plan=plan,
-            structure={**opened.loaded.structure, **result.structure},
-            arch=opened.loaded.arch,
-            input_shape=opened.shape,
-            arch_options=opened.loaded.arch_options,
+            structure=result.structure,
+            training=training,
         )
 
     if destination.has_plan:
-        save()
+        write()
         return
     # The plan takes its name last, when the model is safe; a full disk leaves neither.
     force, inputs = destination.force, destination.inputs
     with atomic_write(destination.plan, force=force, inputs=inputs) as temporary:
         temporary.write_text(file_json(plan), encoding="utf-8")
-        save()
+        write()
 
 
 def _is_same(path: Path, source: Path) -> bool:
@@ -171,14 +226,12 @@ def _print(result: Compression, report: Report) -> None:
 
     numbers = ("parameters", "after", "kept", "error")
     view = table(None, "layer", "method", "rank", *numbers, right=numbers)
-    details = {candidate.layer: candidate for candidate in result.plan.candidates}
     dense = {layer.name: layer.parameters for layer in result.layers}
     for move in result.plan.moves:
         before = dense[move.layer]
         after = sum(stage.parameters for stage in result.structure[move.layer])
-        known = details.get(move.layer)
-        errors = "–" if known is None else f"{next(iter(known.errors.values())):.4f}"
-        row = (number(before), number(after), percent(after, before), errors)
+        error = f"{result.errors[move.layer]:.4f}"
+        row = (number(before), number(after), percent(after, before), error)
         view.add_row(move.layer, move.method, sizes(move.rank), *row)
     if result.plan.moves:
         show(view)
@@ -210,8 +263,15 @@ def _totals(report: Report) -> list[tuple[str, str, str, str]]:
         times = f"{dense:.1f} ms", f"{small:.1f} ms"
         rows.append((f"latency ({where})", *times, f"{dense / small:.2f}× as fast"))
     if report.accuracy is not None:
-        old, new = (100 * value for value in report.accuracy)
-        change = f"{new - old:+.2f} points"
-        images = f"accuracy ({number(report.images)} images)"
-        rows.append((images, f"{old:.2f} %", f"{new:.2f} %", change))
+        dense, small = report.accuracy
+        images = f"{number(report.images)} images"
+        if report.compressed is not None:
+            rows.append(_accuracy(f"accuracy, not fine-tuned ({images})", dense, report.compressed))
+        name = "accuracy" if report.finetuning is None else "accuracy, fine-tuned"
+        rows.append(_accuracy(f"{name} ({images})", dense, small))
     return rows
+
+
+def _accuracy(name: str, before: float, after: float) -> tuple[str, str, str, str]:
+    old, new = 100 * before, 100 * after
+    return name, f"{old:.2f} %", f"{new:.2f} %", f"{new - old:+.2f} points"

@@ -68,5 +68,40 @@ Keeps = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(metavar="K,...", help="Fractions of a layer's parameters to consider."),
 ]
+Format = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(help="module, state-dict, safetensors, onnx or pt2; as the input if unset."),
+]
+Calibrate = Annotated[
+    str,
+    typer.Option(
+        metavar="HOW",
+        help="How to fit BatchNorm to the compressed layers: data (training images of --data, no"
+        " labels), noise (no data), none; auto is data where there are training images.",
+    ),
+]
+Samples = Annotated[
+    int, typer.Option(min=1, help="Images for feature metrics and for calibrating.")
+]
+Finetune = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(
+        "--finetune",
+        metavar="EPOCHS",
+        min=1,
+        help="Fine-tune all layers afterwards, on the training images of --data.",
+    ),
+]
+LearningRate = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option(help="Of the fine-tuning; the last one of the training if unset."),
+]
+Resume = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        metavar="FILE",
+        help="Written after every epoch; where it exists, training goes on from it.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]

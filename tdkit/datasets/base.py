@@ -54,6 +54,9 @@ class Split(Protocol):
             int64 of shape (batch,); -1 stands for each label of an unlabelled split.
         """
 
+    def subset(self, index: Tensor) -> Split:
+        """Return the images at some positions, int64 of shape (m,)."""
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -119,6 +122,11 @@ class TensorSplit:
                 images = crop_and_flip(images, generator)
             labels = torch.full_like(index, -1) if self.labels is None else self.labels[index]
             yield standardise(images, self.mean, self.std), labels
+
+    def subset(self, index: Tensor) -> TensorSplit:
+        """Return the images at some positions, int64 of shape (m,)."""
+        labels = None if self.labels is None else self.labels[index]
+        return TensorSplit(self.images[index], labels, self.mean, self.std)
 
 
 def image_order(count: int, generator: torch.Generator | None, limit: int | None) -> Tensor:

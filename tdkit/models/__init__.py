@@ -23,6 +23,7 @@ def tdkit_models() -> list[ModelRecord]:
             (1, 28, 28),
             10,
             weights={"fashion-mnist": _garipov_weights},
+            recipes={"fashion-mnist": _garipov_recipe},
         ),
         ModelRecord(
             "resnet18-cifar",
@@ -45,6 +46,12 @@ def _garipov_weights() -> dict[str, Tensor]:
     from tdkit.models.garipov import fashion_mnist_weights
 
     return fashion_mnist_weights()
+
+
+def _garipov_recipe() -> str:
+    from tdkit.models.garipov import fashion_mnist_recipe
+
+    return fashion_mnist_recipe()
 
 
 def _resnet18_cifar(in_channels: int = 3, num_classes: int = 10) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,4 +63,19 @@ def fashion_mnist_weights() -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         raise UnreadableFileError(
             f"the bundled weights {WEIGHTS_FILE} cannot be read: {error}", "Install tdkit again."
+        ) from error
+
+
+def fashion_mnist_recipe() -> str:
+    """Read the recipe that the bundled weights were trained by, in TOML.
+
+    Raises:
+        UnreadableFileError: The file beside the weights is missing or damaged.
+    """
+    file = WEIGHTS_FILE.with_suffix(".json")
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["recipe"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UnreadableFileError(
+            f"{file} cannot be read: {error}", "Install tdkit again."
         ) from error

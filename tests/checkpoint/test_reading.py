@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import json
 import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -9,7 +11,10 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from tdkit.checkpoint import content_hash, load_into, load_model
+from tdkit.checkpoint import content_hash, load_into, load_model, save_model
+from tdkit.checkpoint.classes import allowlist
+from tdkit.checkpoint.contents import read_contents
+from tdkit.checkpoint.sniff import kind_of
 from tdkit.checkpoint.states import build_light, expected_shapes
 from tdkit.errors import TdkitError, UnreadableFileError, UnsafeFileError, UsageError
 from tdkit.hookspecs import ModelRecord
@@ -217,6 +222,50 @@ def test_safetensors_is_told_by_its_content(file: Path, tiny: nn.Module, models:
     torch.save(tiny.state_dict(), file.with_suffix(".safetensors"))
     loaded = load_model(file.with_suffix(".safetensors"), models=models, arch="tiny")
     assert loaded.format == "state-dict"
+
+
+@pytest.mark.parametrize("second", range(6))
+def test_a_safetensors_header_may_be_as_long_as_a_pickle_starts(
+    tmp_path: Path, second: int
+) -> None:
+    """A length of 640 bytes is written as the two bytes that pickle's protocol 2 starts with."""
+    file, start = tmp_path / "model.safetensors", b""
+    length = 0
+    while start != bytes([0x80, second]):
+        metadata = {"padding": " " * length}
+        safetensors.torch.save_file({"a": torch.ones(1)}, file, metadata=metadata)
+        start, length = file.read_bytes()[:2], length + 8
+    with file.open("rb") as handle:
+        assert kind_of(handle, file) == "safetensors"
+    assert read_contents(file, allowlist((), ()), unsafe=False).value.keys() == {"a"}
+
+
+def test_a_training_travels_with_the_model(tmp_path: Path, tiny: nn.Module, models: Models) -> None:
+    training = {"recipe": "epochs = 3", "optimizer": {"lr": 0.1}}
+    for format in ("module", "state-dict", "safetensors"):
+        file = tmp_path / f"{format}.pt"
+        save_model(tiny, file, format=format, arch="tiny", training=training)
+        assert load_model(file, models=models).training == training
+        assert load_into(copy.deepcopy(tiny), file).training == training
+        save_model(tiny, file, format=format, arch="tiny", force=True)
+        assert load_model(file, models=models).training is None
+
+
+def test_a_training_checkpoint_tells_its_optimizer(
+    file: Path, tiny: nn.Module, models: Models
+) -> None:
+    optimizer = torch.optim.SGD(tiny.parameters(), lr=0.25, momentum=0.5)
+    state = {"epoch": 1, "state_dict": tiny.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(state, file)
+    training = load_model(file, models=models, arch="tiny").training
+    assert training is not None
+    assert training["optimizer"]["lr"] == 0.25
+    assert training["optimizer"]["momentum"] == 0.5
+    json.dumps(training)
+    torch.save({"epoch": 1, "model": tiny, "optimizer": optimizer.state_dict()}, file)
+    assert load_model(file, models=models).training == training
+    torch.save(tiny.state_dict(), file)
+    assert load_model(file, models=models, arch="tiny").training is None
 
 
 def test_a_safetensors_model_outlives_its_file(tmp_path: Path, models: Models) -> None:

@@ -148,3 +148,16 @@ def test_an_output_that_exists_is_told_before_the_work(tdkit, toy, tmp_path, mon
 def test_the_seed_of_a_plan_may_be_any_whole_number(tdkit, toy, tmp_path) -> None:
     (tmp_path / "plan.json").write_text(plan_of(("4", "cp", 3), seed=-(10**30)))
     assert tdkit("apply", "plan.json", "toy.pt", "-o", "small.pt", *SHAPE).status == 0
+
+
+@pytest.mark.usefixtures("toy_plugin")
+def test_a_plan_is_fine_tuned_as_it_is_by_compress(tdkit, toy, tmp_path) -> None:
+    tuning = ("--data", "toy-data", "--finetune", "2", "--learning-rate", "0.05")
+    options = ("--methods", "svd", "--seed", "3", "--batch-size", "1")
+    assert tdkit("compress", "toy.pt", *tuning, *options, "-o", "direct.pt").status == 0
+    applied = ("apply", "direct.plan.json", "toy.pt", *tuning, "-o", "applied.pt", *SHAPE)
+    done = tdkit(*applied, "--json")
+    report = json.loads(done.stdout)
+    assert report["finetuning"]["epochs"] == 2
+    assert report["accuracy_compressed"] is not None
+    assert_equal(weights(tmp_path / "direct.pt"), weights(tmp_path / "applied.pt"))

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,12 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.transforms.functional import to_pil_image
 
 import tdkit as library
 from tdkit import reports
+from tdkit.registry import load_registry
+from tdkit.training import evaluate
 
 # Enough for the toy model: one method, one sample per timed pass.
 FAST = ("--methods", "svd", "--batch-size", "1")
@@ -77,6 +81,9 @@ def test_json_is_one_object_with_every_key_and_true_numbers(tdkit, toy, tmp_path
     assert report["verified"] is True
     assert report["moves"]
     saved = json.loads((tmp_path / "small.plan.json").read_text())
+    for move in report["moves"]:
+        # What the module amounts to, refined for its rank; the plan has what was scored.
+        assert 0 < move.pop("relative_error") <= move["errors"]["relative-weights"] + 1e-9
     assert saved["moves"] == report["moves"]
     for move in report["moves"]:
         assert set(move) >= MOVE_KEYS
@@ -208,7 +215,8 @@ def test_names_are_taken_with_underscores_and_capitals(tdkit, toy) -> None:
         (("toy.pt", "--cost", "macs"), 2, "--input-shape"),
         (("toy.pt", "--format", "onnx"), 2, "--input-shape"),
         (("toy.pt", "--metric", "relative-features"), 2, "--data"),
-        (("toy.pt", "--recalibrate"), 2, "--data"),
+        (("toy.pt", "--calibrate", "data"), 2, "--data"),
+        (("toy.pt", "--calibrate", "magic"), 2, "--calibrate is auto, none, noise, data"),
         (("toy.pt", "--methods", ","), 2, "--methods"),
         (("toy.pt", "--keeps", "0.5,2"), 2, "--keeps '2'"),
         (("toy.pt", "--keeps", ""), 2, "--keeps"),
@@ -530,3 +538,103 @@ def test_progress_is_for_terminals_and_never_in_the_results(tdkit, toy, monkeypa
     assert "scoring" in done.stderr
     assert "measuring" in done.stderr
     assert json.loads(done.stdout)["output"] == "lively.pt"
+
+
+TUNING = ("--data", "toy-data", "--finetune", "2", "--learning-rate", "0.05")
+
+
+@pytest.mark.usefixtures("toy_plugin")
+@pytest.mark.parametrize("extra", [(), ("--calibrate", "none")])
+def test_fine_tuning_follows_replacing_and_is_measured(tdkit, tmp_path, extra) -> None:
+    net = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.Conv2d(8, 12, 3), nn.BatchNorm2d(12), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10),
+    )  # fmt: skip
+    torch.save(net.eval(), tmp_path / "net.pt")
+    plain = ("net.pt", "--data", "toy-data", "-o", "plain.pt", *extra, *FAST)
+    assert tdkit("compress", *plain).status == 0
+    done = tdkit("compress", "net.pt", *TUNING, *extra, "--json", "-o", "small.pt", *FAST)
+    assert done.status == 0
+    report = json.loads(done.stdout)
+    data = load_registry().datasets["toy-data"].create(seed=0)
+    compressed, small = read(tmp_path / "plain.pt"), read(tmp_path / "small.pt")
+    for key, model in (("before", net), ("compressed", compressed), ("after", small)):
+        assert report[f"accuracy_{key}"] == evaluate(model, data.test).accuracy
+    tuning = report["finetuning"]
+    assert tuning["validation_before"] == evaluate(compressed, data.validation).accuracy
+    assert tuning["validation_after"] == evaluate(small, data.validation).accuracy
+    assert (tuning["epochs"], tuning["learning_rate"]) == (2, 0.05)
+    assert report["params_after"] == parameters(small) == parameters(compressed)
+    assert report["moves"]
+    assert "epoch   2/2" in done.stderr
+    # The same as fine-tuning what compress writes without it.
+    same = ("--data", "toy-data", "--epochs", "2", "--learning-rate", "0.05", "-o", "two-steps.pt")
+    assert tdkit("finetune", "plain.pt", *same).status == 0
+    for name, value in read(tmp_path / "two-steps.pt").state_dict().items():
+        assert torch.equal(value, small.state_dict()[name]), name
+
+
+@pytest.mark.usefixtures("toy_plugin")
+def test_fine_tuning_is_told_and_its_weights_are_those_that_load(tdkit, images, tmp_path) -> None:
+    source = ("toy-net", "--weights", "none", *TUNING, *FAST)
+    done = tdkit("compress", *source, "-o", "whole.pt")
+    assert done.status == 0
+    assert "accuracy, not fine-tuned (60 images)" in done.stdout
+    assert "accuracy, fine-tuned (60 images)" in done.stdout
+    assert "epoch   2/2" in done.stdout
+    for name in ("small.safetensors", "state.pt"):
+        format = "safetensors" if name.endswith("safetensors") else "state-dict"
+        assert tdkit("compress", *source, "-o", name, "--format", format).status == 0
+        loaded = library.load(tmp_path / name)
+        assert torch.equal(loaded(images), read(tmp_path / "whole.pt")(images))
+
+
+@pytest.mark.usefixtures("toy_plugin")
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        (("--finetune", "2"), 2, "name some with --data"),
+        (("--finetune", "2", "--data", "image-folder:plain"), 2, "has no training images"),
+        (("--finetune", "2", "--data", "image-folder:unlabelled"), 2, "training needs labels"),
+        (("--finetune", "0", "--data", "toy-data"), 2, "--finetune"),
+        (("--learning-rate", "0.1", "--data", "toy-data"), 2, "--finetune EPOCHS"),
+        (("--resume", "state.pt", "--data", "toy-data"), 2, "--finetune EPOCHS"),
+        ((*TUNING, "--resume", "toy.pt"), 6, "toy.pt is the input itself"),
+    ],
+)
+def test_a_fine_tuning_that_cannot_be_done_is_told_before_the_work(
+    tdkit, toy, tmp_path, monkeypatch, arguments, status, says
+) -> None:
+    def work(*args: object, **options: object) -> None:
+        raise AssertionError("it went to work")
+
+    for place in ("plain", "unlabelled/train", "unlabelled/val"):
+        (tmp_path / place).mkdir(parents=True)
+        to_pil_image(torch.zeros(3, 12, 12)).save(tmp_path / place / "1.png")
+    monkeypatch.setattr("tdkit.compression.compress_model", work)
+    done = tdkit("compress", "toy.pt", *arguments, "-o", "small.pt", *FAST)
+    assert done.status == status
+    assert says in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.usefixtures("toy_plugin")
+def test_a_stop_while_fine_tuning_leaves_what_the_same_command_needs(
+    tdkit, toy, tmp_path, monkeypatch
+) -> None:
+    def stop(*args: object, **options: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    assert tdkit("compress", "toy.pt", *TUNING, "-o", "whole.pt", *FAST).status == 0
+    again = ("compress", "toy.pt", *TUNING, "--resume", "state.pt", "-o", "small.pt", *FAST)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.SGD, "step", stop)
+        done = tdkit(*again)
+    assert done.status == 130
+    assert "the same command goes on after the last epoch, from state.pt" in done.stderr
+    assert not (tmp_path / "small.pt").exists()
+    assert not (tmp_path / "small.plan.json").exists()
+    assert tdkit(*again).status == 0
+    whole = read(tmp_path / "whole.pt").state_dict()
+    for name, value in read(tmp_path / "small.pt").state_dict().items():
+        assert torch.equal(value, whole[name]), name

@@ -34,6 +34,17 @@ def numbered_split(count: int) -> TensorSplit:
     return TensorSplit(images, torch.arange(count), (0.0,), (1 / 255,))
 
 
+def test_a_subset_has_the_images_and_labels_at_its_positions():
+    split = numbered_split(9)
+    chosen = split.subset(torch.tensor([7, 0, 3]))
+    images, labels = next(chosen.batches(3))
+    assert labels.tolist() == [7, 0, 3]
+    assert [round(float(image.mean())) for image in images] == [7, 0, 3]
+    assert len(split) == 9
+    unlabelled = TensorSplit(split.images, None, split.mean, split.std)
+    assert unlabelled.subset(torch.tensor([2])).labels is None
+
+
 def test_every_augmented_image_is_one_that_brute_force_makes():
     image = random_images(1, 2, 5, 7)[0]
     padded = functional.pad(image, [4] * 4)
