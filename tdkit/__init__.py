@@ -9,18 +9,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tdkit.api import apply, compress, load
+    from tdkit.api import apply, compress, load, validate
     from tdkit.errors import TdkitError
     from tdkit.plans import Move, Plan
 
 __version__ = "0.1.0"
-__all__ = ["Move", "Plan", "TdkitError", "apply", "compress", "load"]
+__all__ = ["Move", "Plan", "TdkitError", "apply", "compress", "load", "validate"]
 
 # Resolved on first use: `tdkit --help` must not wait for torch.
 _HOMES = {
     "apply": "tdkit.api",
     "compress": "tdkit.api",
     "load": "tdkit.api",
+    "validate": "tdkit.api",
     "Move": "tdkit.plans",
     "Plan": "tdkit.plans",
     "TdkitError": "tdkit.errors",

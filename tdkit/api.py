@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from tdkit.calibration import Calibration
 from tdkit.candidates import COMPRESSION_KEEPS, Grid
 from tdkit.compression import Goal, apply_plan, compress_model, random_inputs
+from tdkit.datasets.base import Dataset
 from tdkit.decompositions.base import Decomposition
 from tdkit.errors import UnsupportedError
 from tdkit.metrics.base import Metric
+from tdkit.opening import NamedStudy, ObjectStudy, Source, Suit
 from tdkit.plans import Cost, Plan
 from tdkit.registry import Registry, load_registry, lookup
+
+if TYPE_CHECKING:
+    from tdkit.study.recipe import StudyRecipe
+    from tdkit.study.records import Results
 
 
 def compress(
@@ -25,6 +33,7 @@ def compress(
     methods: Sequence[str] | None = None,
     metric: str = "relative-weights",
     planner: str = "greedy",
+    calibration: Calibration = "noise",
     keeps: Sequence[float] = COMPRESSION_KEEPS,
     layers: Sequence[str] = (),
     include_ends: bool = False,
@@ -48,6 +57,8 @@ def compress(
         metric: The error whose squares, summed over layers, are kept small. Feature metrics need
             ``data``.
         planner: The name of the planner.
+        calibration: How BatchNorm is fitted to the compressed layers: ``noise`` takes no data,
+            ``data`` measures its statistics again on ``data``, ``none`` leaves them.
         keeps: Fractions of a layer's parameters to consider.
         layers: Shell patterns of layer names; all by default.
         include_ends: Consider the first and the last layer too.
@@ -55,8 +66,9 @@ def compress(
             ``example_inputs``, the result is verified by a forward pass.
         example_inputs: Arguments of a forward pass, for models that take other things than one
             tensor of floats; a single tensor may stand for itself.
-        data: Batches of model inputs for feature metrics: tensors, or sequences of arguments. The
-            first one also serves where neither a shape nor example inputs are given.
+        data: Batches of model inputs, for feature metrics and to calibrate on: tensors, or
+            sequences of arguments. The first one also serves where neither a shape nor example
+            inputs are given.
         seed: Seeds every random start.
         progress: Called with the units of scoring done and all units.
 
@@ -74,10 +86,11 @@ def compress(
     result = compress_model(
         model,
         grid,
-        Goal(budget, cost, record.name, planner),
+        Goal(budget, cost, record.name, planner, calibration),
         lookup(registry.planners, planner, "planner").create(),
         inputs=_inputs(model, input_shape, example_inputs, data),
         batches=data,
+        calibration=data,
         patterns=layers,
         keep_ends=not include_ends,
         progress=progress,
@@ -91,6 +104,7 @@ def apply(
     *,
     input_shape: Sequence[int] | None = None,
     example_inputs: Tensor | Sequence[Any] | None = None,
+    data: Sequence[Tensor | Sequence[Any]] = (),
 ) -> nn.Module:
     """Apply a plan to a dense model, which stays as it is.
 
@@ -99,6 +113,7 @@ def apply(
         model: The dense model.
         input_shape: The shape of one sample; with it the result is verified.
         example_inputs: See :func:`compress`.
+        data: Batches of model inputs, for a plan that is calibrated on data.
 
     Raises:
         UsageError: If the plan does not fit the model.
@@ -106,8 +121,8 @@ def apply(
     """
     registry = load_registry()
     methods = resolve_methods(registry, sorted({move.method for move in plan.moves}))
-    inputs = _inputs(model, input_shape, example_inputs)
-    result = apply_plan(model, plan, methods, inputs=inputs)
+    inputs = _inputs(model, input_shape, example_inputs, data)
+    result = apply_plan(model, plan, methods, inputs=inputs, calibration=data)
     for name, reason in result.put_back.items():
         raise UnsupportedError(
             f"the layer {name!r} cannot be replaced: {reason}", "take it out of the plan"
@@ -133,6 +148,82 @@ def load(
     if model is not None:
         return load_into(model, source).model
     return load_model(source, models=load_registry().models, arch=arch).model
+
+
+def validate(
+    model: nn.Module | str | Path,
+    data: Dataset | str,
+    *,
+    recipe: StudyRecipe | None = None,
+    run: str | Path | None = None,
+    layers: Sequence[str] | None = None,
+    methods: Sequence[str] | None = None,
+    keeps: Sequence[float] | None = None,
+    images: int | None = None,
+    runs: int | None = None,
+    arch: str | None = None,
+    input_shape: Sequence[int] | None = None,
+    device: str = "auto",
+    workers: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Results:
+    """Measure every candidate's real performance error: how far can the proxy be trusted?
+
+    Example::
+
+        results = tdkit.validate(model, "image-folder:val/", run="runs/mine")
+
+    Args:
+        model: A trained model, which stays as it is, a model file, or a registered name.
+        data: Images: a :class:`~tdkit.datasets.base.Dataset`, or ``NAME`` or ``NAME:PATH``.
+        recipe: A study to follow but for what is said here; the bundled quick one by default,
+            with the methods that suit the model.
+        run: The folder that measurements are kept in, where an interrupted study goes on; when
+            None, one that is removed at the end.
+        layers: Names or shell patterns.
+        methods: Names of decompositions.
+        keeps: Fractions of a layer's parameters.
+        images: Measure the performance error on at most this many.
+        runs: Repetitions of what is random.
+        arch: The architecture of a state_dict; see :func:`load`.
+        input_shape: The shape of one sample, where the data set's is another.
+        device: ``cpu``, ``cuda`` or ``auto``.
+        workers: Measure in so many processes of their own; in this one when 0. As always with
+            processes, a script then needs ``if __name__ == "__main__":``.
+        progress: Called with the effort done and the whole effort.
+
+    Returns:
+        Everything that was measured, for :func:`tdkit.study.analysis.analyse` and
+        :func:`tdkit.study.page.write_report`.
+
+    Raises:
+        TdkitError: Of the kind that fits what is wrong with the model, the data or an option, or
+            if the folder holds another study.
+    """
+    from tdkit.study.recipe import adapted, bundled_recipe, own_study, to_toml
+    from tdkit.study.running import processes
+    from tdkit.study.running import run as run_study
+    from tdkit.study.store import Store
+    from tdkit.study.trials import identity, plan_trials
+
+    name = type(model).__name__ if isinstance(model, nn.Module) else str(model)
+    shown = data.name if isinstance(data, Dataset) else data
+    base = recipe or own_study(bundled_recipe(), name, shown, f"{name} on {shown}")
+    wanted = adapted(base, layers=layers, methods=methods, keeps=keeps, images=images, runs=runs)
+    own = recipe is None
+    suit = Suit(splits=own, batches=own, methods=own and methods is None)
+    shape = None if input_shape is None else ",".join(map(str, input_shape))
+    source = Source(name, arch=arch, input_shape=shape, device=device)
+    named = NamedStudy(wanted, shown, source, suit=suit)
+    objects = isinstance(model, nn.Module) or isinstance(data, Dataset)
+    study = ObjectStudy.of(named, model, data) if objects else named
+    workspace = study()
+    with TemporaryDirectory() as nowhere:
+        folder = Path(nowhere if run is None else run)
+        asked, plan = identity(workspace), plan_trials(workspace)
+        with Store(folder, identity=asked, recipe=to_toml(workspace.recipe), plan=plan) as store:
+            pool = processes(workers) if workers else None
+            return run_study(workspace, store, pool=pool, open=study, progress=progress)
 
 
 def _inputs(

@@ -29,10 +29,11 @@ LEVELS = (
         "registry",
         "testing",
     },
-    {"plans"},
+    {"plans", "finetuning"},
     {"compression"},
     {"reports"},
     {"study"},
+    {"opening"},
     {"api"},
     {"cli"},
     {"__main__"},
@@ -121,7 +122,7 @@ def test_pluggy_is_for_registry_and_hookspecs() -> None:
 
 def test_core_functions_are_handed_objects() -> None:
     users = users_of("tdkit.registry")
-    assert {part(name) for name in users} <= {"api", "cli"}
+    assert {part(name) for name in users} <= {"opening", "api", "cli"}
     assert "tdkit.api" in users
 
 

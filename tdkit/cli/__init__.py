@@ -14,10 +14,14 @@ import typer
 from tdkit import __version__
 from tdkit.cli.apply import apply
 from tdkit.cli.compress import compress
+from tdkit.cli.finetune import finetune
 from tdkit.cli.inspect import inspect
 from tdkit.cli.plugins import plugins
+from tdkit.cli.report import report
 from tdkit.cli.score import score
+from tdkit.cli.stopping import StoppedError
 from tdkit.cli.train import train
+from tdkit.cli.validate import validate
 from tdkit.errors import TdkitError
 
 app = typer.Typer(
@@ -28,7 +32,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-for command in (compress, inspect, score, apply, train, plugins):
+for command in (compress, inspect, score, apply, finetune, train, validate, report, plugins):
     app.command()(command)
 
 
@@ -60,8 +64,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         warnings.simplefilter("ignore")
     try:
         app([argument for argument in arguments if argument != "--debug"])
-    except _StoppedError as stop:
-        typer.echo("\nstopped; no half-written file is left", err=True)
+    except StoppedError as stop:
+        typer.echo(f"\nstopped; {stop.said}", err=True)
         raise SystemExit(128 + stop.number) from None
     except Exception as error:
         if debug:
@@ -70,20 +74,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     raise SystemExit(0)
 
 
-class _StoppedError(BaseException):
-    """A signal, as an exception, so that every half-written file is removed on the way out.
-
-    Neither a KeyboardInterrupt, which typer answers itself, nor a SystemExit, which is what plugins
-    and architectures are forgiven when they are imported.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
 def _stop(number: int, _frame: Any) -> NoReturn:
-    raise _StoppedError(number)
+    raise StoppedError(number)
 
 
 def _explain(error: Exception) -> NoReturn:

@@ -26,7 +26,17 @@ from tdkit.errors import (
     UsageError,
 )
 
-COMMANDS = ("compress", "inspect", "score", "apply", "train", "plugins")
+COMMANDS = (
+    "compress",
+    "inspect",
+    "score",
+    "apply",
+    "finetune",
+    "train",
+    "validate",
+    "report",
+    "plugins",
+)
 ROOT = Path(__file__).parents[2]
 
 

@@ -1,0 +1,441 @@
+"""Open what is named: models, data sets, and studies of both, in this process or another one."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tdkit.errors import UnsupportedError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from tdkit.checkpoint import LoadedModel
+    from tdkit.datasets.base import Dataset
+    from tdkit.decompositions.base import Decomposition
+    from tdkit.layers import Layer
+    from tdkit.registry import Registry
+    from tdkit.study.recipe import StudyRecipe
+    from tdkit.study.units import Workspace
+
+# Input values in one batch of a study of large images, and the fewest images that are one.
+_VALUES = 2**22
+_SMALLEST_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model as the user named it.
+
+    Attributes:
+        model: File or registered name.
+        arch: Architecture of a state_dict.
+        weights: Weights of a registered model.
+        allow_classes: Classes that a file may hold.
+        unsafe: Whether the file may run code.
+        input_shape: Shape of one sample as typed.
+        device: cpu, cuda or auto.
+        seed: Of random weights.
+    """
+
+    model: str
+    arch: str | None = None
+    weights: str | None = None
+    allow_classes: Sequence[str] = ()
+    unsafe: bool = False
+    input_shape: str | None = None
+    device: str = "auto"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that is ready to work on.
+
+    Attributes:
+        loaded: What the file held.
+        model: The model on its device.
+        shape: The shape of one sample; None when nothing tells it.
+    """
+
+    loaded: LoadedModel
+    model: nn.Module
+    shape: tuple[int, ...] | None
+
+    @property
+    def name(self) -> str:
+        """A short name for files made from the model."""
+        return Path(self.loaded.source).stem
+
+    def require_shape(self, purpose: str) -> None:
+        """Refuse what takes a forward pass when the shape of the input is unknown."""
+        if self.shape is None:
+            raise UsageError(
+                f"{purpose} runs the model, and the shape of its input is unknown",
+                "give it with --input-shape, such as 3,224,224",
+            )
+
+    def inputs(self, batch: int = 2) -> tuple[Tensor] | None:
+        """Random inputs, or None when the shape is unknown."""
+        from tdkit.compression import random_inputs
+
+        return None if self.shape is None else random_inputs(self.model, self.shape, batch)
+
+
+def open_model(source: Source, registry: Registry, dataset: Dataset | None = None) -> Opened:
+    """Read a model and settle the shape of its input: typed, the data's, or the model's own."""
+    import torch
+
+    from tdkit.checkpoint import load_model
+    from tdkit.layers import unwrap
+
+    device = pick_device(source.device)
+    typed = parse_shape(source.input_shape) if source.input_shape else None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(source.seed % 2**63)
+        loaded = load_model(
+            source.model,
+            models=registry.models,
+            arch=source.arch,
+            weights=source.weights,
+            allow_classes=tuple(source.allow_classes),
+            unsafe=source.unsafe,
+        )
+    shape = typed or (dataset.input_shape if dataset else None) or loaded.input_shape
+    return Opened(loaded, unwrap(loaded.model).to(device), shape)
+
+
+def open_dataset(
+    text: str,
+    registry: Registry,
+    root: Path | None = None,
+    image_size: tuple[int, int] | None = None,
+    seed: int = 0,
+) -> Dataset:
+    """Open the data set that ``NAME`` or ``NAME:PATH`` names."""
+    from tdkit.registry import lookup
+
+    name, colon, path = text.partition(":")
+    record = lookup(registry.datasets, name, "data set")
+    if record.takes_path and not path:
+        raise UsageError(f"{name} needs a folder", f"write it as {name}:PATH")
+    if colon and not record.takes_path:
+        raise UsageError(f"{name} takes no path", f"name a folder with --data-root: {path}")
+    return record.create(root=root, path=path or None, image_size=image_size, seed=seed)
+
+
+def open_with_data(
+    source: Source, registry: Registry, data: str | None, root: Path | None = None
+) -> tuple[Opened, Dataset | None]:
+    """Open a model and, where one is named, a data set whose validation split is the model's.
+
+    Args:
+        source: The model.
+        registry: Everything that can be named.
+        data: ``NAME`` or ``NAME:PATH``.
+        root: Folder to look for data sets in first.
+    """
+    from tdkit.finetuning import split_seed
+
+    opened = open_model(source, registry)
+    if data is None:
+        return opened, None
+    size = image_size(source, registry)
+    if size is None and opened.shape is not None and len(opened.shape) == 3:
+        size = (opened.shape[-2], opened.shape[-1])
+    seed = split_seed(opened.loaded.training, source.seed % 2**63)
+    dataset = open_dataset(data, registry, root, size, seed)
+    return (opened if source.input_shape else replace(opened, shape=dataset.input_shape)), dataset
+
+
+def image_size(source: Source, registry: Registry) -> tuple[int, int] | None:
+    """Height and width that folders of images are brought to, where they are known beforehand."""
+    if source.input_shape:
+        shape: tuple[int, ...] = parse_shape(source.input_shape)
+    else:
+        name = (source.arch or source.model).replace("_", "-")
+        if name not in registry.models:
+            return None
+        shape = registry.models[name].input_shape
+    return (shape[-2], shape[-1]) if len(shape) == 3 else None
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of ``cpu``, ``cuda`` or ``auto``."""
+    import torch
+
+    if name not in ("cpu", "cuda", "auto"):
+        raise UsageError(f"unknown device {name!r}", "it is cpu, cuda or auto")
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UsageError("this machine has no CUDA device that torch can use", "use --device cpu")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """Read 3,224,224 (or 3x224x224)."""
+    parts = text.replace("x", ",").split(",")
+    try:
+        shape = tuple(int(part) for part in parts)
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise UsageError(
+            f"--input-shape {text!r} is not a shape", "write it without the batch: 3,224,224"
+        )
+    return shape
+
+
+@dataclass(frozen=True)
+class Suit:
+    """What of a general recipe may be changed to suit a model and its data.
+
+    Attributes:
+        splits: Splits that are not there give way to others.
+        batches: Large images come in smaller batches, since a replay keeps what every module
+            returned for a batch.
+        methods: Methods that support none of the layers are left out, and where there are linear
+            layers svd is added.
+    """
+
+    splits: bool = False
+    batches: bool = False
+    methods: bool = False
+
+
+@dataclass(frozen=True)
+class NamedStudy:
+    """A study of what can be named; calling it opens it, in this process or in another one.
+
+    Attributes:
+        recipe: The study. What it says of its model and data is not used.
+        data: The data set, ``NAME`` or ``NAME:PATH``.
+        source: The model.
+        data_root: Folder to look for data sets in first.
+        suit: What of the recipe may be changed; see :func:`make_workspace`.
+        folder: Where relative paths start.
+    """
+
+    recipe: StudyRecipe
+    data: str
+    source: Source
+    data_root: Path | None = None
+    suit: Suit = Suit()
+    folder: Path = field(default_factory=Path.cwd)
+
+    def __call__(self) -> Workspace:
+        """Open the study.
+
+        Raises:
+            TdkitError: Of the kind that fits what is wrong with the model, the data or the recipe.
+        """
+        from tdkit.registry import load_registry
+
+        return self.open(load_registry())[0]
+
+    def open(self, registry: Registry) -> tuple[Workspace, LoadedModel]:
+        """The study, and what its model file held."""
+        source = replace(self.source, model=self._path(self.source.model))
+        name, colon, path = self.data.partition(":")
+        data = f"{name}{colon}{self._path(path)}" if path else self.data
+        root = self.data_root and Path(self._path(str(self.data_root)))
+        opened, dataset = open_with_data(source, registry, data, root)
+        assert dataset is not None
+        workspace = make_workspace(
+            self.recipe, opened.model, dataset, registry, shape=opened.shape, suit=self.suit
+        )
+        return workspace, opened.loaded
+
+    def _path(self, text: str) -> str:
+        """A path as it was meant in the folder where the study was named."""
+        if Path.cwd() == self.folder or not (self.folder / text).exists():
+            return text
+        return str(self.folder / text)
+
+
+@dataclass(frozen=True)
+class ObjectStudy:
+    """A study of a model or data that are objects of this process; others get a copy.
+
+    Attributes:
+        recipe: The study.
+        digest: Tells one pickle from another.
+        pickled: The model on its device and the data set.
+        shape: The shape of one sample.
+        suit: What of the recipe may be changed; see :func:`make_workspace`.
+    """
+
+    recipe: StudyRecipe
+    digest: str
+    pickled: bytes = field(compare=False, repr=False)
+    shape: tuple[int, ...] | None = None
+    suit: Suit = Suit()
+
+    @classmethod
+    def of(
+        cls, named: NamedStudy, model: nn.Module | str | Path, data: Dataset | str
+    ) -> ObjectStudy:
+        """Copy objects, and open what is only named.
+
+        Args:
+            named: The study, as far as it can be named.
+            model: A module, or anything else where ``named`` names the model.
+            data: A data set, or anything else where ``named`` names the data.
+
+        Raises:
+            UnsupportedError: If the model or the data cannot be pickled.
+        """
+        from torch import nn
+
+        from tdkit.compression import own_copy
+        from tdkit.datasets.base import Dataset
+        from tdkit.registry import load_registry
+
+        registry, source = load_registry(), named.source
+        shape = parse_shape(source.input_shape) if source.input_shape else None
+        if isinstance(model, nn.Module):
+            module = own_copy(model).to(pick_device(source.device))
+        else:
+            opened = open_model(source, registry)
+            module, shape = opened.model, shape or opened.shape
+        if not isinstance(data, Dataset):
+            size = (shape[-2], shape[-1]) if shape is not None and len(shape) == 3 else None
+            data = open_dataset(named.data, registry, named.data_root, size, source.seed)
+        pickled = _pickled((module, data))
+        digest = hashlib.sha256(pickled).hexdigest()
+        return cls(named.recipe, digest, pickled, shape or data.input_shape, named.suit)
+
+    def __call__(self) -> Workspace:
+        """Open the study."""
+        from tdkit.registry import load_registry
+
+        model, dataset = pickle.loads(self.pickled)  # what this class has pickled itself
+        return make_workspace(
+            self.recipe, model, dataset, load_registry(), shape=self.shape, suit=self.suit
+        )
+
+
+def _pickled(value: object) -> bytes:
+    from tdkit.layers import first_line
+
+    try:
+        return pickle.dumps(value)
+    except Exception as error:  # a module may hold anything
+        raise UnsupportedError(
+            f"the model or the data cannot be copied: {first_line(error)}",
+            "define its classes and functions in a module, not in a function or as a lambda",
+        ) from error
+
+
+def make_workspace(
+    recipe: StudyRecipe,
+    model: nn.Module,
+    dataset: Dataset,
+    registry: Registry,
+    *,
+    shape: Sequence[int] | None = None,
+    suit: Suit = Suit(),
+) -> Workspace:
+    """Look up what a study names, and see that model, data and recipe fit each other.
+
+    Args:
+        recipe: The study.
+        model: The plain model on its device; it is put in eval mode.
+        dataset: The images.
+        registry: Everything that can be named.
+        shape: The shape of one sample; the data set's when None.
+        suit: What of the recipe may be changed.
+
+    Raises:
+        UsageError: If a name is unknown, or a split or setting is not there.
+        UnsupportedError: If the model does not run on such samples.
+    """
+    import torch
+
+    from tdkit.compression import one_sample, random_inputs
+    from tdkit.layers import find_layers
+    from tdkit.registry import lookup
+    from tdkit.study.trials import check_data
+    from tdkit.study.units import Workspace
+
+    inputs = one_sample(random_inputs(model, shape or dataset.input_shape))
+    layers = find_layers(
+        model.eval(), inputs=inputs, patterns=recipe.layers, keep_ends=not recipe.layers
+    )
+    if suit.splits:
+        recipe = _with_splits(recipe, dataset)
+    if suit.batches:
+        recipe = _with_batches(recipe, dataset)
+    if suit.methods:
+        recipe = _with_methods(recipe, layers, registry)
+    found = [lookup(registry.metrics, name, "metric") for name in recipe.metrics]
+    metrics = tuple(record.create() for record in found)
+    check_data(dataset, recipe, metrics)
+    return Workspace(
+        model=model,
+        layers=tuple(layers),
+        methods=_methods(recipe, registry),
+        metrics=metrics,
+        dataset=dataset,
+        recipe=recipe,
+        device=next(model.parameters(), torch.empty(0)).device,
+    )
+
+
+def _methods(recipe: StudyRecipe, registry: Registry) -> Mapping[str, Decomposition]:
+    """The methods by the name that the recipe gives them, with its settings."""
+    from tdkit.registry import lookup
+
+    methods = {
+        name: lookup(registry.decompositions, name, "method").create() for name in recipe.methods
+    }
+    for option in recipe.options:
+        method = methods[option.method]
+        for key, value in option.settings.items():
+            if not hasattr(method, key):
+                raise UsageError(
+                    f"{option.method} has no setting {key!r}", "take it out of options"
+                )
+            setattr(method, key, value)
+    return methods
+
+
+def _with_splits(recipe: StudyRecipe, dataset: Dataset) -> StudyRecipe:
+    """Where a split is missing, the one that comes nearest to its purpose."""
+    there = {name: getattr(dataset, name) for name in ("test", "validation", "train")}
+    evaluation, features = recipe.evaluation, recipe.features
+    if not there[evaluation.split]:
+        first = next((name for name, split in there.items() if split), evaluation.split)
+        evaluation = replace(evaluation, split=first)  # type: ignore[arg-type]
+    if not there[features.split]:
+        features = replace(features, split=evaluation.split)
+    return replace(recipe, evaluation=evaluation, features=features)
+
+
+def _with_batches(recipe: StudyRecipe, dataset: Dataset) -> StudyRecipe:
+    most = max(_SMALLEST_BATCH, _VALUES // math.prod(dataset.input_shape))
+    evaluation, features = (
+        replace(images, batch_size=min(images.batch_size, most))
+        for images in (recipe.evaluation, recipe.features)
+    )
+    return replace(recipe, evaluation=evaluation, features=features)
+
+
+def _with_methods(recipe: StudyRecipe, layers: Sequence[Layer], registry: Registry) -> StudyRecipe:
+    specs = [layer.spec for layer in layers if layer.reason is None and layer.spec is not None]
+    linear = any(spec.kind == "Linear" for spec in specs)
+    names = list(dict.fromkeys([*recipe.methods, *(["svd"] if linear else [])]))
+    methods = _methods(replace(recipe, methods=tuple(names)), registry)
+    useful = tuple(
+        name
+        for name, method in methods.items()
+        if any(method.supports(spec.per_group()) is None for spec in specs)
+    )
+    # With no useful method the study refuses the layers or the methods in its own words.
+    return replace(recipe, methods=useful or recipe.methods)

@@ -1,0 +1,117 @@
+"""Fine-tuning one candidate, for the performance error p* (section 4.1 of the paper)."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from tdkit.datasets.base import Dataset, stratified_split
+from tdkit.errors import UsageError
+from tdkit.layers import Layer, replace_layer
+from tdkit.training import train, trainable_splits
+from tdkit.verification import dense_weight
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tdkit.study.recipe import FinetuneRecipe
+    from tdkit.study.records import Trial
+    from tdkit.study.units import Workspace
+
+
+def fine_tuned(
+    workspace: Workspace, trial: Trial, layer: Layer, stand_in: nn.Sequential
+) -> tuple[nn.Module, dict[str, float]]:
+    """Fine-tune all layers of the model with one layer factorized.
+
+    Of the epochs the one that validates best is kept, as in the paper; the factorized model as it
+    was before is not among them, since that is what the performance error p is measured on.
+
+    Args:
+        workspace: The dense model, the images and the recipe; the model stays as it is.
+        trial: Its seed and candidate alone decide what is random: the order and the augmentation
+            of the images, dropout.
+        layer: The layer that is replaced.
+        stand_in: Its factorization, which stays as it is.
+
+    Returns:
+        The fine-tuned model, and for each layer with a weight the relative difference that
+        fine-tuning made to the norm of that weight; see
+        :attr:`tdkit.study.records.Measurement.change`.
+
+    Raises:
+        UsageError: The recipe asks for no fine-tuning, or training or validation images or their
+            labels are missing.
+        TdkitError: The training diverges.
+    """
+    recipe = workspace.recipe.finetune
+    if recipe is None:
+        raise UsageError("the recipe asks for no fine-tuning", "add a table [finetune]")
+    model = copy.deepcopy(workspace.model)
+    replace_layer(model, layer, copy.deepcopy(stand_in))
+    before = weight_norms(model, workspace.layers)
+    train(
+        model,
+        training_images(workspace.dataset, recipe, workspace.recipe.seed),
+        recipe,
+        device=workspace.device,
+        generator=torch.Generator().manual_seed(_seed(trial)),
+    )
+    after = weight_norms(model, workspace.layers)
+    return model, {name: _difference(norm, after[name]) for name, norm in before.items()}
+
+
+def training_images(dataset: Dataset, recipe: FinetuneRecipe, seed: int) -> Dataset:
+    """The data set with the training images of a recipe, the same ones for every trial.
+
+    Args:
+        dataset: Labelled images.
+        recipe: Says how many; they have the class shares of all training images.
+        seed: Of the choice.
+    """
+    split, _ = trainable_splits(dataset)
+    if recipe.images is None or recipe.images >= len(split):
+        return dataset
+    assert split.labels is not None
+    generator = torch.Generator().manual_seed(seed)
+    _, chosen = stratified_split(split.labels, recipe.images, generator)
+    return replace(dataset, train=split.subset(chosen))
+
+
+def weight_norms(model: nn.Module, layers: Sequence[Layer]) -> dict[str, float]:
+    """The Frobenius norm of each layer's weight, a factorized one expanded to its dense weight.
+
+    Args:
+        model: The model, some of its layers replaced by their factorizations.
+        layers: The layers of the dense model.
+    """
+    weights = {layer.name: _weight(model.get_submodule(layer.name), layer) for layer in layers}
+    return {
+        name: float(torch.linalg.vector_norm(weight.detach().double()))
+        for name, weight in weights.items()
+        if weight is not None
+    }
+
+
+def _weight(module: nn.Module, layer: Layer) -> Tensor | None:
+    if isinstance(module, nn.Sequential) and layer.spec is not None:
+        return dense_weight(module, layer.spec)
+    weight = getattr(module, "weight", None)
+    # A quantized layer has a method of that name.
+    return weight if isinstance(weight, Tensor) else None
+
+
+def _difference(before: float, after: float) -> float:
+    """The relative difference; nothing is relative to a weight of zeros."""
+    return abs(after - before) / before if before else 0.0
+
+
+def _seed(trial: Trial) -> int:
+    """A seed that no other candidate or run shares, whatever is trained before or beside it."""
+    text = f"{trial.seed}/{trial.layer}/{trial.method}/{trial.rank}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")

@@ -1,0 +1,368 @@
+"""What ``tdkit validate`` reads: a study as a TOML file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from tdkit.errors import UsageError
+from tdkit.recipes import FitRecipe, load_recipe, require
+
+SplitName = Literal["train", "validation", "test"]
+
+BUNDLED = Path(__file__).parents[1] / "assets" / "recipes"
+"""The folder of the recipes that tdkit itself uses."""
+
+METRICS = (
+    "relative-weights",
+    "scaled-weights",
+    "absolute-weights",
+    "relative-features",
+    "scaled-features",
+    "absolute-features",
+)
+
+
+@dataclass(frozen=True)
+class ImagesRecipe:
+    """The tables ``[evaluation]`` and ``[features]``: which images to measure on.
+
+    Args:
+        split: Which split.
+        images: At most this many, evenly spaced; all when left out.
+        batch_size: Images per batch; changes speed and memory, not the result.
+    """
+
+    split: SplitName
+    images: int | None = None
+    batch_size: int = 100
+
+    def __post_init__(self) -> None:
+        if self.images is not None:
+            require("images", self.images, self.images >= 1, "at least 1")
+        require("batch_size", self.batch_size, self.batch_size >= 1, "at least 1")
+
+
+@dataclass(frozen=True)
+class RankRecipe:
+    """A table ``[[ranks]]``: a rank given by hand instead of by the rule.
+
+    Args:
+        layer: The layer's name.
+        method: The method's name.
+        keep: The keep it stands for.
+        rank: One number (cp, svd) or several (tucker: out, in; tt: the inner ranks).
+    """
+
+    layer: str
+    method: str
+    keep: float
+    rank: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _require_fractions("keep", (self.keep,))
+        good = bool(self.rank) and min(self.rank) >= 1
+        require("rank", list(self.rank), good, "one or more numbers of at least 1")
+
+
+@dataclass(frozen=True)
+class MethodRecipe:
+    """A table ``[[options]]``: settings of a method, for studies of the method itself.
+
+    Args:
+        method: The method's name.
+        sweeps: Sweeps of HOOI (tucker) or the most sweeps of ALS (cp).
+        ridge: The l2 penalty of ALS (cp).
+        tolerance: When ALS stops (cp).
+    """
+
+    method: str
+    sweeps: int | None = None
+    ridge: float | None = None
+    tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        for key, value in self.settings.items():
+            require(key, value, value >= 0, "at least 0")
+
+    @property
+    def settings(self) -> dict[str, float]:
+        """Those that are given, by name."""
+        every = {"sweeps": self.sweeps, "ridge": self.ridge, "tolerance": self.tolerance}
+        return {key: value for key, value in every.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneRecipe(FitRecipe):
+    """The table ``[finetune]``; see :class:`FitRecipe` for the other fields.
+
+    Args:
+        images: Train on this many, a fixed choice by seed; all when left out.
+        keeps: Fine-tune the candidates of these keeps only; all when left out.
+    """
+
+    images: int | None = None
+    keeps: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.images is not None:
+            require("images", self.images, self.images >= 2, "at least 2")
+        if self.keeps is not None:
+            _require_some("keeps", self.keeps)
+            _require_fractions("keeps", self.keeps)
+
+
+@dataclass(frozen=True)
+class PublishedRecipe:
+    """A table ``[[published]]``: a correlation of the paper's Figure 2.
+
+    Args:
+        stage: Before or after fine-tuning.
+        metric: The approximation error.
+        mean: Kendall's tau-a, mean over runs.
+        std: Its standard deviation over runs.
+    """
+
+    stage: Literal["before", "after"]
+    metric: str
+    mean: float
+    std: float
+
+    def __post_init__(self) -> None:
+        require("mean", self.mean, -1 <= self.mean <= 1, "from -1 to 1")
+        require("std", self.std, self.std >= 0, "at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyRecipe:
+    """A study.
+
+    Args:
+        title: What the report is headed with.
+        model: A registered name or a model file.
+        data: A registered data set, ``NAME`` or ``NAME:PATH``.
+        weights: Weights of a registered model; its default ones when left out.
+        layers: Names or shell patterns, which may name the first and the last layer too; all
+            compressible layers but these two when empty.
+        numbers: For each of ``layers`` its number in the paper's tables, for the report.
+        methods: Names of decompositions.
+        keeps: Fractions of a layer's weight parameters.
+        focus: The keeps that Figures 2 and 3 are about; all when left out.
+        rank_rule: ``proportional`` (the paper's) or ``best``.
+        metrics: Approximation errors to correlate; the first one guides the planner.
+        runs: Repetitions of whatever is random.
+        seed: Of the first run; the next run has the next seed. The validation split is that of
+            ``tdkit train`` with seed 0, whatever this is.
+        evaluation: Images that the performance error is measured on.
+        features: Images that feature errors are measured on.
+        ranks: Ranks given by hand.
+        options: Settings of methods.
+        finetune: How p* is measured; left out, only p is.
+        published: Values to show beside the measured ones.
+        notes: Sentences for the report, such as where the recipe differs from the paper.
+    """
+
+    title: str
+    model: str
+    data: str
+    methods: tuple[str, ...]
+    keeps: tuple[float, ...]
+    weights: str | None = None
+    layers: tuple[str, ...] = ()
+    numbers: tuple[int, ...] = ()
+    focus: tuple[float, ...] = ()
+    rank_rule: Literal["proportional", "best"] = "proportional"
+    metrics: tuple[str, ...] = METRICS
+    runs: int = 1
+    seed: int = 0
+    evaluation: ImagesRecipe = field(default_factory=lambda: ImagesRecipe("test"))
+    features: ImagesRecipe = field(default_factory=lambda: ImagesRecipe("train", 1000))
+    ranks: tuple[RankRecipe, ...] = ()
+    options: tuple[MethodRecipe, ...] = ()
+    finetune: FinetuneRecipe | None = None
+    published: tuple[PublishedRecipe, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for key in ("title", "model", "data"):
+            require(key, getattr(self, key), bool(getattr(self, key).strip()), "not empty")
+        for key in ("methods", "keeps", "metrics"):
+            _require_some(key, getattr(self, key))
+        _require_unique("layers", self.layers)
+        _require_fractions("keeps", self.keeps)
+        require("runs", self.runs, self.runs >= 1, "at least 1")
+        most = 2**63 - self.runs
+        require("seed", self.seed, 0 <= self.seed <= most, "at least 0 and below 2**63")
+        if self.numbers:
+            count = len(self.layers)
+            rule = f"one for each of the {count} layers"
+            require("numbers", list(self.numbers), len(self.numbers) == count, rule)
+            for name in self.layers:
+                plain = not set("*?[") & set(name)
+                require("layers", name, plain, "full names where there are numbers")
+        self._check_references()
+
+    def _check_references(self) -> None:
+        """What one part of the recipe says of another must be there."""
+        _require_unique("focus", self.focus)
+        for keep in self.focus:
+            self._require_keep("focus", keep)
+        for keep in (self.finetune and self.finetune.keeps) or ():
+            self._require_keep("finetune.keeps", keep)
+        for rank in self.ranks:
+            self._require_keep("ranks.keep", rank.keep)
+            _require_known("ranks.method", rank.method, self.methods)
+        _require_unique("ranks", [(rank.layer, rank.method, rank.keep) for rank in self.ranks])
+        for option in self.options:
+            _require_known("options.method", option.method, self.methods)
+        _require_unique("options.method", [option.method for option in self.options])
+        for value in self.published:
+            _require_known("published.metric", value.metric, self.metrics)
+        _require_unique("published", [(value.stage, value.metric) for value in self.published])
+
+    def _require_keep(self, key: str, keep: float) -> None:
+        require(key, keep, keep in self.keeps, f"one of the keeps {_listed(self.keeps)}")
+
+
+def bundled_recipe(name: str = "quick") -> StudyRecipe:
+    """A recipe that comes with tdkit."""
+    return load_recipe(BUNDLED / f"{name}.toml", StudyRecipe)
+
+
+def own_study(base: StudyRecipe, model: str, data: str, title: str) -> StudyRecipe:
+    """The study of a model of one's own, with what another recipe says of everything else.
+
+    Args:
+        base: A recipe; what it says of its own model, such as layers, is left out.
+        model: A registered name or a model file.
+        data: A registered data set, ``NAME`` or ``NAME:PATH``.
+        title: What the report is headed with.
+    """
+    return replace(
+        base,
+        title=title,
+        model=model,
+        data=data,
+        weights=None,
+        layers=(),
+        numbers=(),
+        ranks=(),
+        published=(),
+        notes=(),
+    )
+
+
+def adapted(
+    recipe: StudyRecipe,
+    *,
+    layers: Sequence[str] | None = None,
+    methods: Sequence[str] | None = None,
+    keeps: Sequence[float] | None = None,
+    images: int | None = None,
+    runs: int | None = None,
+) -> StudyRecipe:
+    """A recipe with some values replaced; None leaves one as it is.
+
+    What it says of layers, methods and keeps that are gone goes with them. Published values go
+    with every choice of candidates but their own.
+
+    Args:
+        recipe: The recipe.
+        layers: Names or shell patterns.
+        methods: Names of decompositions.
+        keeps: Fractions of a layer's parameters.
+        images: Images that the performance error is measured on, at most.
+        runs: Repetitions of whatever is random.
+
+    Raises:
+        UsageError: If a value is wrong.
+    """
+    kept, used = tuple(keeps or recipe.keeps), tuple(methods or recipe.methods)
+    named = tuple(layers or recipe.layers)
+    same = (named, used, kept) == (recipe.layers, recipe.methods, recipe.keeps)
+    finetune = recipe.finetune
+    if finetune is not None and finetune.keeps is not None:
+        left = tuple(keep for keep in finetune.keeps if keep in kept)
+        finetune = replace(finetune, keeps=left or None)
+    ranks = (r for r in recipe.ranks if r.keep in kept and r.method in used)
+    return replace(
+        recipe,
+        layers=named,
+        numbers=recipe.numbers if named == recipe.layers else (),
+        methods=used,
+        keeps=kept,
+        focus=tuple(keep for keep in recipe.focus if keep in kept),
+        runs=recipe.runs if runs is None else runs,
+        evaluation=replace(recipe.evaluation, images=images or recipe.evaluation.images),
+        ranks=tuple(r for r in ranks if named == recipe.layers or r.layer in named),
+        options=tuple(option for option in recipe.options if option.method in used),
+        finetune=finetune,
+        published=recipe.published if same else (),
+    )
+
+
+def to_toml(recipe: Any) -> str:
+    """Write a recipe as TOML; reading it gives an equal one. Values left out stay so.
+
+    Args:
+        recipe: A dataclass as :func:`tdkit.recipes.load_recipe` reads it.
+    """
+    return "\n".join(_toml(recipe, "")).lstrip("\n") + "\n"
+
+
+def _toml(record: Any, prefix: str) -> Iterator[str]:
+    values = {entry.name: getattr(record, entry.name) for entry in fields(record)}
+    values = {key: value for key, value in values.items() if value is not None}
+    nested = {key: value for key, value in values.items() if _is_nested(value)}
+    for key, value in values.items():
+        if key not in nested:
+            yield f"{key} = {_toml_value(value)}"
+    for key, value in nested.items():
+        name = f"{prefix}{key}"
+        several = isinstance(value, tuple)
+        for part in value if several else (value,):
+            yield f"\n[[{name}]]" if several else f"\n[{name}]"
+            yield from _toml(part, f"{name}.")
+
+
+def _is_nested(value: Any) -> bool:
+    return is_dataclass(value) or (
+        isinstance(value, tuple) and bool(value) and is_dataclass(value[0])
+    )
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
+    if isinstance(value, float):
+        return repr(value)
+    # JSON's strings, escapes included, its integers and its booleans are TOML's; DEL is not.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _require_some(key: str, values: Sequence[Any]) -> None:
+    require(key, list(values), bool(values), "at least one value")
+    _require_unique(key, values)
+
+
+def _require_unique(key: str, values: Sequence[Any]) -> None:
+    twice = next((value for place, value in enumerate(values) if value in values[:place]), None)
+    if twice is not None:
+        raise UsageError(f"{key} names {twice!r} twice", "leave one of them out")
+
+
+def _require_fractions(key: str, values: Sequence[float]) -> None:
+    for value in values:
+        require(key, value, 0 < value <= 1, "above 0 and at most 1")
+
+
+def _require_known(key: str, name: str, known: Sequence[str]) -> None:
+    require(key, name, name in known, f"one of {_listed(known)}")
+
+
+def _listed(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values))
