@@ -29,7 +29,7 @@ test: check
 
 demo: $(INSTALLED)
 	mkdir -p out
-	$(BIN)/tdkit compress garipov --budget 0.25 --data fashion-mnist-sample --recalibrate --output out/garipov-0.25.pt --force
+	$(BIN)/tdkit compress garipov --budget 0.25 --data fashion-mnist-sample --output out/garipov-0.25.pt --force
 
 clean:
 	rm -rf $(VENV) out .mypy_cache .pytest_cache .ruff_cache .hypothesis
