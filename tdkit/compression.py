@@ -283,9 +283,18 @@ def _calibrate(
         recalibrate(compressed, data)
         return how
     if how == "noise" and inputs is not None and len(inputs) == 1 and _is_image(inputs[0]):
-        match_statistics(dense, compressed, noise_images(inputs[0]).split(64))
+        size = max(1, inputs[0][0].numel())
+        count, batch = (min(most, max(2, room // size)) for most, room in _NOISE)
+        try:
+            match_statistics(dense, compressed, noise_images(inputs[0], count).split(batch))
+        except RuntimeError:  # a model may take no other batch than the one it was shown
+            return "none"
         return how
     return "none"
+
+
+# The most noise images, and of them the most in a batch, each with a bound on their elements.
+_NOISE = ((128, 2**23), (64, 2**21))
 
 
 def _is_image(value: Any) -> bool:

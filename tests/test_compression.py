@@ -728,6 +728,19 @@ class TestCalibration:
         state = first.model.state_dict()
         assert all(torch.equal(value, again[key]) for key, value in state.items())
 
+    def test_a_model_that_takes_one_batch_size_only_is_compressed_all_the_same(self) -> None:
+        class Two(nn.Module):
+            def __init__(self, inner: nn.Module) -> None:
+                super().__init__()
+                self.inner = inner
+                self.register_buffer("rows", torch.zeros(2, 1, 1, 1))
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.inner(x if len(x) == 1 else x + self.rows)
+
+        result = compress(Two(self.model()).eval(), 0.7, inputs=[images()], how="noise")
+        assert result.plan.calibration == "none"
+
     def test_inputs_that_are_no_images_are_left_to_the_verification(self) -> None:
         class Tokens(nn.Module):
             def __init__(self) -> None:
