@@ -4,7 +4,7 @@
 
 Beside tdkit's plan it shows what the same budget gives with one keep for all layers and Tucker
 ranks in tensorly's proportion, the way most papers compress; and tdkit's plan with BatchNorm as it
-was, matched without data, and measured again on 512 training images without their labels.
+was, matched without data, and matched on 512 training images without their labels.
 """
 
 from __future__ import annotations

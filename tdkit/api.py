@@ -53,12 +53,12 @@ def compress(
         model: A trained model.
         budget: The fraction of the whole model's cost that may remain, in (0, 1].
         cost: ``params`` or ``macs``; MACs need ``input_shape`` or ``example_inputs``.
-        methods: Names of decompositions; by default all that are meant for it.
+        methods: Names of decompositions; by default each at the keeps where it is fast.
         metric: The error whose squares, summed over layers, are kept small. Feature metrics need
             ``data``.
         planner: The name of the planner.
-        calibration: How BatchNorm is fitted to the compressed layers: ``noise`` takes no data,
-            ``data`` measures its statistics again on ``data``, ``none`` leaves them.
+        calibration: What BatchNorm is fitted to the compressed layers on: ``noise`` images,
+            ``data``, or ``none``.
         keeps: Fractions of a layer's parameters to consider.
         layers: Shell patterns of layer names; all by default.
         include_ends: Consider the first and the last layer too.
@@ -82,7 +82,14 @@ def compress(
     """
     registry = load_registry()
     record = lookup(registry.metrics, metric, "metric")
-    grid = Grid(resolve_methods(registry, methods), [record.create()], tuple(keeps), "best", seed)
+    grid = Grid(
+        resolve_methods(registry, methods),
+        [record.create()],
+        tuple(keeps),
+        "best",
+        seed,
+        method_limits(registry, methods),
+    )
     result = compress_model(
         model,
         grid,
@@ -252,6 +259,13 @@ def resolve_methods(
     chosen = [n for n, record in records.items() if record.default] if names is None else names
     found = [lookup(records, name, "method") for name in chosen]
     return {record.name: record.create() for record in found}
+
+
+def method_limits(registry: Registry, names: Sequence[str] | None = None) -> dict[str, float]:
+    """The largest keep at which each method is considered: none for what the user names."""
+    if names is not None:
+        return {}
+    return {name: record.default for name, record in registry.decompositions.items()}
 
 
 def resolve_metrics(registry: Registry, names: Sequence[str]) -> list[Metric]:

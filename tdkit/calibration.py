@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -12,45 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tdkit.errors import UsageError
-from tdkit.layers import mode, trial
+from tdkit.errors import UnsupportedError, UsageError
+from tdkit.layers import copies, first_line, trial
 
 Calibration = Literal["none", "noise", "data"]
-"""How BatchNorm is fitted to compressed layers: not at all, by noise images, or by real ones."""
+"""What BatchNorm is fitted to compressed layers on: nothing, noise images, or real ones."""
 
 CALIBRATIONS: tuple[Calibration, ...] = get_args(Calibration)
 
 NOISE_IMAGES = 128
 
+# The most noise images, and of them the most in a batch, each with a bound on their elements.
+_NOISE = ((NOISE_IMAGES, 2**23), (64, 2**21))
+
 # How much of a change of variance is followed, as an exponent. What truncation takes away is
 # mostly orthogonal to what stays, so scaling it up again in full would amplify an error.
 _VARIANCE_SHARE = 0.75
-
-
-def recalibrate(model: nn.Module, batches: Iterable[Tensor | Sequence[Any]]) -> int:
-    """Measure the running mean and variance of every BatchNorm again; no labels, no gradients.
-
-    A truncated layer passes on less energy than the original, and the statistics that follow it
-    were measured on the original. Changes the model in place; weights stay as they are.
-
-    Args:
-        model: The compressed model.
-        batches: Model inputs, such as a few hundred training images.
-
-    Returns:
-        How many BatchNorm layers there were.
-
-    Raises:
-        UsageError: If there are no inputs.
-    """
-    norms = list(_norms(model).values())
-    inputs = list(batches)
-    if not inputs:
-        raise UsageError("recalibrating needs data", "name some with --data")
-    with mode(model, training=False), _measuring(norms), torch.no_grad():
-        for batch in inputs:
-            model(*_arguments(batch))
-    return len(norms)
 
 
 def match_statistics(
@@ -60,21 +36,34 @@ def match_statistics(
 
     Both models see the same inputs, which need not be real ones: with BatchNorm on the statistics
     of the batch, the features of every layer have the means and variances that it learned, whatever
-    comes in. The difference between the two models is what the running statistics, measured on
-    real data, are moved by. In the spirit of the bias correction of Nagel et al. 2019,
+    comes in. The difference between the two models is what the running statistics, measured in
+    training, are moved by. In the spirit of the bias correction of Nagel et al. 2019,
     "Data-free quantization through weight equalization and bias correction" (section 4.2). Changes
     ``compressed`` in place; BatchNorm layers whose input is the same in both stay bit-equal.
 
     Args:
         dense: The original; it stays as it is.
         compressed: The same model with layers replaced.
-        batches: Model inputs of at least two samples each.
+        batches: Model inputs of at least two samples each, a few hundred in all. A last batch of
+            one is passed over.
 
     Returns:
         How many BatchNorm layers were changed.
+
+    Raises:
+        UsageError: If there are no inputs.
+        UnsupportedError: If the models do not run on them, or they are not finite.
     """
-    inputs = list(batches)
-    before, after = _input_moments(dense, inputs), _input_moments(compressed, inputs)
+    inputs = _usable([_arguments(batch) for batch in batches])
+    try:
+        before, after = _input_moments(dense, inputs), _input_moments(compressed, inputs)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a model may fail in any way
+        raise UnsupportedError(
+            f"the model does not run on the data to calibrate on: {first_line(error)}",
+            "take data of the shape that it was trained on, or use --calibrate noise",
+        ) from error
     norms = _norms(compressed)
     shared = before.keys() & after.keys()
     return sum(_shift(norms[name], before[name], after[name]) for name in norms if name in shared)
@@ -104,6 +93,23 @@ def noise_images(like: Tensor, count: int = NOISE_IMAGES, seed: int = 0) -> Tens
     return scaled.to(like)
 
 
+def noise_batches(like: Tensor) -> tuple[Tensor, ...]:
+    """Noise images to match statistics on, fewer and in smaller batches where they are large.
+
+    Args:
+        like: See :func:`noise_images`.
+    """
+    size = max(1, like[0].numel())
+    count, batch = (min(most, max(2, room // size)) for most, room in _NOISE)
+    batches: tuple[Tensor, ...] = noise_images(like, count).split(batch)
+    return batches
+
+
+def has_statistics(model: nn.Module) -> bool:
+    """Whether a model has any BatchNorm with running statistics, which can be calibrated."""
+    return bool(_norms(model))
+
+
 def _norms(model: nn.Module) -> dict[str, _BatchNorm]:
     return {
         name: module
@@ -112,22 +118,23 @@ def _norms(model: nn.Module) -> dict[str, _BatchNorm]:
     }
 
 
+def _usable(inputs: list[Sequence[Any]]) -> list[Sequence[Any]]:
+    if not inputs:
+        raise UsageError("calibrating on data needs some", "name some with --data")
+    if not all(_is_finite(value) for batch in inputs for value in batch):
+        raise UnsupportedError(
+            "the data to calibrate on hold NaN or infinite values", "take those samples out"
+        )
+    # BatchNorm has no statistics of a single sample without spatial axes.
+    return inputs[:-1] if len(inputs) > 1 and len(inputs[-1][0]) == 1 else inputs
+
+
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, Tensor) or bool(value.isfinite().all())
+
+
 def _arguments(batch: Tensor | Sequence[Any]) -> Sequence[Any]:
     return [batch] if isinstance(batch, Tensor) else batch
-
-
-@contextmanager
-def _measuring(norms: list[_BatchNorm]) -> Iterator[None]:
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # an average over all batches instead of a moving one
-        norm.training = True
-    try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
 
 
 class _Moments:
@@ -155,9 +162,7 @@ class _Moments:
         return (squares - self.mean.square()).clamp(min=0)
 
 
-def _input_moments(
-    model: nn.Module, batches: Iterable[Tensor | Sequence[Any]]
-) -> Mapping[str, _Moments]:
+def _input_moments(model: nn.Module, batches: Iterable[Sequence[Any]]) -> Mapping[str, _Moments]:
     """The moments of what each BatchNorm is given while all of them use the batch's statistics."""
     norms = _norms(model)
     found: dict[str, _Moments] = {}
@@ -171,7 +176,7 @@ def _input_moments(
             with trial(model):
                 for norm in norms.values():
                     norm.training = True
-                model(*_arguments(batch))
+                model(*copies(batch))
     finally:
         for handle in handles:
             handle.remove()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -75,6 +75,7 @@ class Grid:
         keeps: Fractions of a layer's weight parameters.
         rule: ``best`` or ``proportional``, see :meth:`Prepared.rank`.
         seed: Seeds every random start, together with the layer's name.
+        limits: The largest keep of some methods, by name.
 
     Raises:
         UsageError: If a keep is not a fraction, or the rule unknown.
@@ -85,6 +86,7 @@ class Grid:
     keeps: Sequence[float] = COMPRESSION_KEEPS
     rule: str = "best"
     seed: int = 0
+    limits: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for keep in self.keeps:
@@ -158,15 +160,17 @@ def _candidates(layer: Layer, module: nn.Module, method: str, grid: Grid) -> Ite
         prepared = prepare(layer, module, method, grid.methods[method], grid.seed)
         if prepared is None:
             return
-        for rank in _ranks(layer, prepared, grid):
+        for rank in _ranks(layer, prepared, grid, grid.limits.get(method, 1.0)):
             stand_in = factorize(layer, module, prepared, rank) if grid.features else None
             yield candidate_of(layer, method, prepared, rank, grid.metrics), stand_in
 
 
-def _ranks(layer: Layer, prepared: Prepared, grid: Grid) -> Iterator[Rank]:
+def _ranks(layer: Layer, prepared: Prepared, grid: Grid, limit: float) -> Iterator[Rank]:
     """The distinct ranks of a grid's keeps that make a layer smaller."""
     seen: set[Rank] = set()
     for keep in grid.keeps:
+        if keep > limit:
+            continue
         rank = prepared.rank(keep, grid.rule)
         if rank not in seen and count(prepared.stages(rank)) < layer.parameters:
             seen.add(rank)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from tdkit.calibration import (
     CALIBRATIONS,
     Calibration,
+    has_statistics,
     match_statistics,
-    noise_images,
-    recalibrate,
+    noise_batches,
 )
 from tdkit.candidates import Candidate, Grid, blamed, factorize, prepare, score
 from tdkit.costs import macs, model_parameters
@@ -58,7 +58,8 @@ class Goal:
     calibration: Calibration = "noise"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.budget, int | float) or not 0 < self.budget <= 1:
+        number = isinstance(self.budget, int | float) and not isinstance(self.budget, bool)
+        if not number or not 0 < self.budget <= 1:
             raise UsageError(
                 f"the budget {self.budget!r} is not a fraction above 0 and at most 1",
                 "it is the fraction of the model that remains: 0.5 keeps at most half",
@@ -85,6 +86,8 @@ class Compression:
             was scored, since the rank that is taken is refined.
         put_back: Why a layer that was to be replaced is dense after all, by name.
         verified: Whether a forward pass has compared it with its dense reconstruction.
+        uncalibrated: Why BatchNorm is not fitted to the compressed layers although the plan says
+            so.
     """
 
     model: nn.Module
@@ -94,6 +97,7 @@ class Compression:
     errors: Mapping[str, float]
     put_back: Mapping[str, str]
     verified: bool
+    uncalibrated: str | None = None
 
 
 def own_copy(model: nn.Module) -> nn.Module:
@@ -189,7 +193,7 @@ def compress_model(
         inputs: Arguments of a forward pass over at least one sample. Without them MACs stay
             unknown and nothing can be verified.
         batches: Model inputs for feature metrics.
-        calibration: Model inputs to measure BatchNorm's statistics on, where that is the goal's
+        calibration: Model inputs to match BatchNorm's statistics on, where that is the goal's
             calibration; never those that are reported on.
         patterns: Shell patterns of the layers to consider; all by default.
         keep_ends: Keep the first and last layer dense.
@@ -259,7 +263,8 @@ def apply_plan(
     compressed = copy.deepcopy(dense)
     for layer, module in kept.items():
         replace_layer(compressed, layer, module)
-    done = _calibrate(dense, compressed, plan.calibration, inputs, calibration)
+    uncalibrated = _calibrate(dense, compressed, plan.calibration, inputs, calibration)
+    done: Calibration = plan.calibration if uncalibrated is None else "none"
     return Compression(
         model=compressed,
         plan=_without(replace(plan, moves=tuple(moves.values()), calibration=done), broken),
@@ -268,6 +273,7 @@ def apply_plan(
         errors={layer.name: factorized[layer].error for layer in kept},
         put_back=broken,
         verified=inputs is not None,
+        uncalibrated=uncalibrated,
     )
 
 
@@ -277,24 +283,23 @@ def _calibrate(
     how: Calibration,
     inputs: Sequence[Any] | None,
     data: Sequence[Tensor | Sequence[Any]],
-) -> Calibration:
-    """Fit BatchNorm; returns how, which is not at all where no image tells what noise to use."""
+) -> str | None:
+    """Fit BatchNorm in place; returns why it was left as it is where that is not what was asked."""
+    if how == "none" or not has_statistics(compressed):
+        return None
     if how == "data":
-        recalibrate(compressed, data)
-        return how
-    if how == "noise" and inputs is not None and len(inputs) == 1 and _is_image(inputs[0]):
-        size = max(1, inputs[0][0].numel())
-        count, batch = (min(most, max(2, room // size)) for most, room in _NOISE)
-        try:
-            match_statistics(dense, compressed, noise_images(inputs[0], count).split(batch))
-        except RuntimeError:  # a model may take no other batch than the one it was shown
-            return "none"
-        return how
-    return "none"
-
-
-# The most noise images, and of them the most in a batch, each with a bound on their elements.
-_NOISE = ((128, 2**23), (64, 2**21))
+        match_statistics(dense, compressed, data)
+        return None
+    if inputs is None:
+        return "the shape of the model's input is unknown"
+    if len(inputs) != 1 or not _is_image(inputs[0]):
+        return "the model's input is no image that noise could stand for"
+    try:
+        match_statistics(dense, compressed, noise_batches(inputs[0]))
+    except (UnsupportedError, MemoryError, torch.OutOfMemoryError) as error:
+        # A model may take no other batch than the one it was shown.
+        return f"on noise, {first_line(error)}"
+    return None
 
 
 def _is_image(value: Any) -> bool:
@@ -415,7 +420,7 @@ def _factorized(
     try:
         check_rank(method, layer.spec.per_group(), move.rank)
     except UsageError as error:
-        raise UsageError(f"layer {layer.name!r}, {move.method}: {error}") from error
+        raise UsageError(f"layer {layer.name!r}, {move.method}: {error}", error.hint) from error
     with blamed(move.method, layer):
         prepared = prepare(layer, module, move.method, method, seed)
         assert prepared is not None

@@ -42,13 +42,14 @@ class DecompositionRecord:
         name: What users type after ``--methods``.
         summary: One line for ``tdkit plugins``.
         create: Returns the :class:`~tdkit.decompositions.base.Decomposition`.
-        default: Whether ``compress`` considers it without being asked.
+        default: The largest keep at which ``compress`` considers it without being asked, 0 for
+            never. What runs slower than the layer it replaces should wait to be asked.
     """
 
     name: str
     summary: str
     create: Callable[[], Decomposition]
-    default: bool = True
+    default: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -217,7 +217,7 @@ def trace(
         shapes = ", ".join(str(tuple(i.shape)) for i in inputs if isinstance(i, Tensor))
         raise UnsupportedError(
             f"the model does not run on an input of shape {shapes}: {first_line(error)}",
-            "give the shape of one sample with --input-shape, such as 3,224,224",
+            "name the shape that it takes with --input-shape, such as 3,224,224, or data that fit",
         ) from error
     finally:
         for handle in handles:

@@ -124,7 +124,8 @@ def read_plan(path: Path) -> Plan:
         raise UnreadableFileError(f"{path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise UnreadableFileError(
-            f"{path} is not a JSON file: {error}", "make one with: tdkit compress MODEL --dry-run"
+            f"{path} is not a JSON file: {error}",
+            "the plan comes first, then the model; make one with: tdkit compress MODEL --dry-run",
         ) from error
     return Plan.from_json(value, str(path))
 

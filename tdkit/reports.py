@@ -14,6 +14,7 @@ from tdkit.compression import Compression, compressed_macs, total_cost
 from tdkit.costs import model_parameters
 from tdkit.datasets.base import Split
 from tdkit.latency import Latency, measure_latency
+from tdkit.layers import first_line
 from tdkit.training import evaluate
 
 
@@ -26,6 +27,7 @@ class Report:
         macs: Multiply-accumulates of its convolutional and linear layers, per sample.
         bytes: Size of the state_dict as a file.
         latency: Medians of forward passes.
+        untimed: Why there is no latency although there are inputs.
         accuracy: On the test split.
         images: How many images that split has.
         compressed: The accuracy of the compressed model before it was fine-tuned.
@@ -40,6 +42,7 @@ class Report:
     images: int | None
     compressed: float | None = None
     finetuning: Mapping[str, Any] | None = None
+    untimed: str | None = None
 
 
 def measure(
@@ -49,7 +52,7 @@ def measure(
     inputs: Sequence[Any] | None,
     test: Split | None = None,
 ) -> Report:
-    """Measure the dense and the compressed model side by side.
+    """Measure the dense and the compressed model side by side, on the dense one's device.
 
     Args:
         dense: The original.
@@ -57,18 +60,20 @@ def measure(
         inputs: Arguments of a forward pass, for MACs and latency.
         test: Labelled images, for accuracy.
     """
-    small = compression.model
+    device = next(dense.parameters()).device
+    small = compression.model.to(device)
     after = compressed_macs(compression)
+    latency, untimed = (None, None) if inputs is None else _latency((dense, small), inputs)
     accuracy = None
     if test is not None and test.labels is not None:
-        device = next(dense.parameters()).device
         both = [evaluate(model, test, device=device).accuracy for model in (dense, small)]
         accuracy = (both[0], both[1])
     return Report(
         params=(model_parameters(dense), model_parameters(small)),
         macs=None if after is None else (total_cost(dense, compression.layers, "macs"), after),
         bytes=(_state_bytes(dense), _state_bytes(small)),
-        latency=None if inputs is None else measure_latency((dense, small), inputs),
+        latency=latency,
+        untimed=untimed,
         accuracy=accuracy,
         images=None if accuracy is None or test is None else len(test),
     )
@@ -104,6 +109,7 @@ def summary(
         "latency_before_ms": None if latency is None else latency.milliseconds[0],
         "latency_after_ms": None if latency is None else latency.milliseconds[1],
         "latency": None if latency is None else _conditions(latency),
+        "untimed": report.untimed,
         "verified": compression.verified,
         "put_back": dict(compression.put_back),
         "seconds": round(seconds, 3),
@@ -111,6 +117,16 @@ def summary(
         "plan": plan,
         "moves": moves,
     }
+
+
+def _latency(
+    models: Sequence[nn.Module], inputs: Sequence[Any]
+) -> tuple[Latency | None, str | None]:
+    """The latency, or why there is none."""
+    try:
+        return measure_latency(models, inputs), None
+    except Exception as error:  # a model may fail in any way, and be right on other inputs
+        return None, f"not timed on a batch of {len(inputs[0])}: {first_line(error)}"
 
 
 def _pair(name: str, values: tuple[float, float] | None) -> Mapping[str, float | None]:

@@ -150,7 +150,7 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
         shape, reason = tuple(images.shape[1:]), str(error).partition("\n")[0]
         raise UsageError(
             f"the model cannot take images of shape {shape}: {reason}",
-            "Choose data of the shape that the model was trained on.",
+            "choose data of the shape that the model was trained on",
         ) from error
     # Classifiers with auxiliary heads wrap their logits, torchvision's in train mode only.
     logits = getattr(output, "logits", output)
@@ -164,7 +164,7 @@ def _check_classes(logits: Tensor, labels: Tensor) -> None:
         raise UsageError(
             f"the model's output has shape {tuple(logits.shape)}, which is no score for each of "
             f"at least {int(labels.max()) + 1} classes",
-            "Choose data with the classes that the model was trained on.",
+            "choose data with the classes that the model was trained on",
         )
 
 
@@ -351,7 +351,7 @@ class _Run:
                 if not math.isfinite(loss):
                     raise TdkitError(
                         f"the training loss became {loss} in epoch {number}, step {index + 1}",
-                        "Lower the learning rate.",
+                        "lower the learning rate",
                     )
                 total += loss * len(labels)
                 count += len(labels)

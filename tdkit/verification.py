@@ -94,17 +94,20 @@ class _Comparison:
     def __init__(self, dense: nn.Module, inputs: Sequence[Any]) -> None:
         self.model, self.inputs = copy.deepcopy(dense).double(), [_widened(x) for x in inputs]
         self.tolerance = _TOLERANCE[torch.float64]
-        if isinstance(_outputs(self.model, self.inputs), list):
+        outputs = _outputs(self.model, self.inputs)
+        if isinstance(outputs, list):
+            _refuse_broken(dense, outputs)
             return
         # A model that insists on its own precision is compared in it.
         self.model, self.inputs = copy.deepcopy(dense), list(inputs)
         dtype = next(p.dtype for p in dense.parameters() if p.is_floating_point())
         self.tolerance = _TOLERANCE.get(dtype, _HALF_TOLERANCE)
-        failure = _outputs(self.model, self.inputs)
-        if isinstance(failure, str):
+        outputs = _outputs(self.model, self.inputs)
+        if isinstance(outputs, str):
             raise UnsupportedError(
-                f"the model cannot be verified on a batch of samples: {failure}", _BLIND
+                f"the model cannot be verified on a batch of samples: {outputs}", _BLIND
             )
+        _refuse_broken(dense, outputs)
 
     def difference(self, factorized: Mapping[Layer, nn.Sequential]) -> str | None:
         """What is different with these layers replaced; None when nothing is."""
@@ -148,6 +151,19 @@ class _Comparison:
         return reference, compressed
 
 
+def _refuse_broken(dense: nn.Module, outputs: Sequence[Tensor]) -> None:
+    """Refuse a model that is broken before anything is replaced: nothing could be compared."""
+    if any(bool(output.isfinite().any()) or output.numel() == 0 for output in outputs):
+        return
+    state = dense.state_dict(keep_vars=True).items()
+    broken = [name for name, value in state if not bool(value.isfinite().all())]
+    where = f"; so are entries of {', '.join(broken[:3])}" if broken else ""
+    raise UnsupportedError(
+        f"the model's output is NaN or infinite before anything is replaced{where}",
+        "restore its weights from an earlier checkpoint" if broken else _BLIND,
+    )
+
+
 def _gap(expected: list[Tensor], actual: list[Tensor] | str, tolerance: float) -> str | None:
     """How outputs differ; None when they do not."""
     if isinstance(actual, str):
@@ -158,6 +174,8 @@ def _gap(expected: list[Tensor], actual: list[Tensor] | str, tolerance: float) -
         return f"the output has {given} instead of {wanted.removeprefix('shape ')}"
     for want, have in zip(expected, actual, strict=True):
         finite = want.isfinite()
+        if not torch.equal(finite, have.isfinite()):
+            return "the output is NaN or infinite in other places than the dense reconstruction's"
         gap = float(torch.linalg.vector_norm((have - want)[finite]))
         if not gap <= tolerance * float(torch.linalg.vector_norm(want[finite])):
             return f"the output differs from the dense reconstruction by {gap:.1e}"

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 import tdkit
 from tdkit import Move, Plan
-from tdkit.api import resolve_methods
+from tdkit.api import method_limits, resolve_methods
 from tdkit.errors import UnsupportedError, UsageError
 from tdkit.layers import find_layers
 from tdkit.registry import load_registry
@@ -72,9 +72,22 @@ class TestCompress:
         assert size(tdkit.compress(model)[0]) <= 0.5 * size(model)
 
     def test_methods_that_are_slow_at_run_time_are_for_those_who_ask(self) -> None:
-        assert set(resolve_methods(load_registry())) >= {"svd", "tucker", "tt"}
-        assert "cp" not in resolve_methods(load_registry())
+        assert set(resolve_methods(load_registry())) >= {"svd", "cp", "tucker", "tt"}
+        assert "spatial-svd" not in resolve_methods(load_registry())
         assert list(resolve_methods(load_registry(), ["cp"])) == ["cp"]
+
+    def test_cp_is_considered_where_it_is_fast_unless_it_is_asked_for(
+        self, model: nn.Sequential
+    ) -> None:
+        limit = method_limits(load_registry())["cp"]
+        grid: dict[str, Any] = {"layers": ["5"], "keeps": [0.3]}
+        assert 0 < limit < 0.3
+        _, plan = tdkit.compress(model, budget=0.8, **grid)
+        assert {move.method for move in plan.moves} <= {"svd", "tucker", "tt"}
+        _, plan = tdkit.compress(model, budget=0.8, methods=["cp"], **grid)
+        assert [move.method for move in plan.moves] == ["cp"]
+        _, plan = tdkit.compress(model, budget=0.8, layers=["5"], keeps=[limit])
+        assert [move.method for move in plan.moves] == ["cp"]
 
     def test_options_have_their_effect(self, model: nn.Sequential) -> None:
         options: dict[str, Any] = {"budget": 0.8, "seed": 3, "metric": "absolute-weights"}

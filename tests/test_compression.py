@@ -120,7 +120,7 @@ def rows(batch: int = 2) -> Tensor:
 
 class TestGoal:
     @pytest.mark.parametrize(
-        "budget", [0, -0.5, 1.5, math.nan, math.inf, "50%", None, torch.ones(1)]
+        "budget", [0, -0.5, 1.5, math.nan, math.inf, "50%", None, True, torch.ones(1)]
     )
     def test_55_budgets_that_are_no_fraction_are_refused(self, budget: Any) -> None:
         with pytest.raises(UsageError, match="not a fraction above 0 and at most 1") as caught:
@@ -706,16 +706,17 @@ class TestCalibration:
     def model(self) -> nn.Module:
         return ready(convnet(nn.Conv2d(8, 12, 3), nn.BatchNorm2d(12)), images()).eval()
 
-    def test_on_data_it_measures_the_statistics_of_the_features(self) -> None:
-        data = images(32)
-        small = compress(
-            self.model(), 0.7, inputs=[images()], how="data", calibration=[data]
-        ).model.eval()
-        features = small[:3](data)
-        torch.testing.assert_close(small[3].running_mean, features.mean((0, 2, 3)))
+    def test_on_data_the_means_move_as_far_as_those_of_the_features(self) -> None:
+        dense, data = self.model(), images(32)
+        small = compress(dense, 0.7, inputs=[images()], how="data", calibration=[data]).model
+        before, after = dense[:3](data), small.eval()[:3](data)
+        unit = (dense[3].running_var / before.var((0, 2, 3), correction=0)).sqrt()
+        moved = (after.mean((0, 2, 3)) - before.mean((0, 2, 3))) * unit
+        assert float(moved.abs().max()) > 0.01
+        torch.testing.assert_close(small[3].running_mean, dense[3].running_mean + moved)
 
     def test_a_plan_that_needs_data_says_so(self) -> None:
-        with pytest.raises(UsageError, match="needs data"):
+        with pytest.raises(UsageError, match="needs some"):
             compress(self.model(), 0.7, inputs=[images()], how="data")
 
     def test_a_plan_applied_again_gives_the_same_statistics(self) -> None:
@@ -740,6 +741,31 @@ class TestCalibration:
 
         result = compress(Two(self.model()).eval(), 0.7, inputs=[images()], how="noise")
         assert result.plan.calibration == "none"
+        assert result.uncalibrated is not None
+        assert result.uncalibrated.startswith("on noise, the model does not run")
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_62_data_that_are_not_finite_are_refused(self, value: float) -> None:
+        data = images(32)
+        data[3, 0, 0, 0] = value
+        with pytest.raises(UnsupportedError, match="NaN or infinite"):
+            compress(self.model(), 0.7, inputs=[images()], how="data", calibration=[data])
+
+    def test_60_data_of_another_shape_are_refused(self) -> None:
+        data = torch.zeros(4, 7, 9, 9)
+        with pytest.raises(UnsupportedError, match="does not run on the data to calibrate on"):
+            compress(self.model(), 0.7, inputs=[images()], how="data", calibration=[data])
+
+    def test_a_model_without_batchnorm_needs_no_calibration(self) -> None:
+        model = ready(convnet(nn.Conv2d(8, 12, 3)), images())
+        result = compress(model, 0.7, how="noise")
+        assert result.uncalibrated is None
+        assert result.plan.moves
+
+    def test_without_a_shape_it_is_said_to_be_undone(self) -> None:
+        result = compress(self.model(), 0.7, how="noise")
+        assert result.plan.calibration == "none"
+        assert result.uncalibrated == "the shape of the model's input is unknown"
 
     def test_inputs_that_are_no_images_are_left_to_the_verification(self) -> None:
         class Tokens(nn.Module):

@@ -145,6 +145,23 @@ class TestRightModels:
 
         assert broken(Masked()) == {}
 
+    def test_24_a_model_that_is_broken_beforehand_is_refused_with_what_is_wrong(self) -> None:
+        model = Base().eval()
+        with torch.no_grad():
+            model.stem.weight[1, 2] = float("nan")
+        layers = factorized(model, "b")
+        with pytest.raises(UnsupportedError, match=r"NaN or infinite .*; so .* of stem\.weight"):
+            verify(model, layers, example())
+
+    def test_25_a_replacement_that_overflows_is_put_back(self) -> None:
+        class Overflowing(Base):
+            def forward(self, x: Tensor) -> Any:
+                stages = isinstance(self.b, nn.Sequential)
+                mask = torch.tensor([stages, False, False, False, False, False])
+                return super().forward(x).masked_fill(mask, float("inf"))
+
+        assert "NaN or infinite in other places" in broken(Overflowing())["b"]
+
 
 @dataclass
 class Output:

@@ -65,4 +65,4 @@ def _create() -> Decomposition:
 def tdkit_decompositions() -> list[DecompositionRecord]:
     """Provide spatial-svd."""
     summary = "k x 1, then 1 x k, of one rank"
-    return [DecompositionRecord("spatial-svd", summary, _create, default=False)]
+    return [DecompositionRecord("spatial-svd", summary, _create, default=0)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import re
 import sys
@@ -44,7 +45,11 @@ def import_named(text: str, option: str) -> Any:
         ) from error
     for attribute in attributes.split("."):
         if not hasattr(found, attribute):
-            raise UsageError(f"{option} {text}: {module} has no {attributes}")
+            close = difflib.get_close_matches(attribute, dir(found), n=3)
+            raise UsageError(
+                f"{option} {text}: {module} has no {attributes}",
+                f"did you mean {' or '.join(close)}?" if close else f"see what {module} defines",
+            )
         found = getattr(found, attribute)
     return found
 

@@ -359,7 +359,7 @@ def _arch(name: str, models: Mapping[str, ModelRecord]) -> _Arch:
     create = import_named(name, "--arch")
     if not callable(create):
         raise UsageError(
-            f"--arch {name} is a {type(create).__name__}, not a function or class",
+            f"--arch {name} names a value of type {type(create).__name__}, not a function or class",
             "name what returns the model when it is called",
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import warnings
 import zipfile
 from contextlib import contextmanager
@@ -199,15 +200,28 @@ def _state(model: nn.Module) -> dict[str, Any]:
     }
 
 
-class _Patient:
+class _Patient(io.RawIOBase):
     """A file that keeps the first error, Ctrl-C included, until torch's writer is through.
 
     That writer ends the whole process if an exception passes through it.
     """
 
     def __init__(self, handle: BinaryIO) -> None:
+        super().__init__()
         self.handle = handle
         self.error: BaseException | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self.handle.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self.handle.tell()
 
     def write(self, data: Any) -> int:
         self._attempt(lambda: self.handle.write(data))

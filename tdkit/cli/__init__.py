@@ -7,6 +7,8 @@ import signal
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
+from functools import wraps
 from typing import Any, NoReturn
 
 import typer
@@ -32,8 +34,23 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
+
+
+def _command(run: Callable[..., None]) -> None:
+    """Add a command, named after its function, that leaves stdout to its results."""
+
+    @wraps(run)
+    def apart(**options: Any) -> None:
+        from tdkit.cli.display import results_apart
+
+        with results_apart():
+            run(**options)
+
+    app.command()(apart)
+
+
 for command in (compress, inspect, score, apply, finetune, train, validate, report, plugins):
-    app.command()(command)
+    _command(command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -86,7 +103,8 @@ def _explain(error: Exception) -> NoReturn:
         hint = "try a smaller --batch-size or --input-shape, fewer --methods, or --device cpu"
     elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
         # Files are the library's to explain; what is left is standard output.
-        status, message, hint = 6, "there is no room left for the output", "free some space"
+        status, message = 6, "standard output cannot be written: there is no room left"
+        hint = "free some space where it goes to"
     else:
         first = (str(error) or type(error).__name__).strip().splitlines()[0]
         status, message = 1, f"unexpected {type(error).__name__}: {first}"

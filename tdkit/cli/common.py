@@ -107,7 +107,7 @@ def feature_batches(dataset: Dataset | None, samples: int, model: nn.Module) -> 
 def calibration_batches(
     how: Calibration, dataset: Dataset | None, samples: int, model: nn.Module
 ) -> list[Tensor]:
-    """Training images to measure BatchNorm's statistics on; never those that are reported on."""
+    """Training images to match BatchNorm's statistics on; never those that are reported on."""
     if how != "data":
         return []
     if dataset is None or dataset.train is None:

@@ -57,7 +57,7 @@ def compress(
 
     Example: `tdkit compress model.pt --budget 0.5 --input-shape 3,224,224 -o small.pt`
     """
-    from tdkit.api import resolve_methods, resolve_metrics
+    from tdkit.api import method_limits, resolve_methods, resolve_metrics
     from tdkit.candidates import COMPRESSION_KEEPS, Grid
     from tdkit.cli.common import (
         Source,
@@ -85,12 +85,14 @@ def compress(
     chooser = lookup(registry.planners, planner, "planner")
     goal = Goal(fraction, cost, metrics[0].name, chooser.name)  # type: ignore[arg-type]
     source = Source(model, arch, weights, allow_class or (), unsafe_load, input_shape, device, seed)
+    names = parse_names(methods, "--methods")
     grid = Grid(
-        resolve_methods(registry, parse_names(methods, "--methods")),
+        resolve_methods(registry, names),
         metrics,
         parse_keeps(keeps, COMPRESSION_KEEPS),
         "best",
         seed,
+        method_limits(registry, names),
     )
     opened, dataset = open_with_data(source, registry, data, data_root)
     goal = replace(goal, calibration=settle_calibration(calibrate, dataset))
@@ -102,7 +104,7 @@ def compress(
         destination.check()
     tuning = Finetuning.of(opened, dataset, wishes, seed, resume, [model]) if wishes else None
     needs_data = any(m.target == "features" for m in metrics)
-    with progress_bar("scoring", then="replacing and verifying") as progress:
+    with progress_bar("scoring", then="replacing, verifying, calibrating") as progress:
         result = compress_model(
             opened.model,
             grid,

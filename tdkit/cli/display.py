@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
+from typing import TextIO
 
 from rich.console import Console, JustifyMethod
 from rich.measure import Measurement
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+_results: ContextVar[TextIO | None] = ContextVar("results", default=None)
+
+
+@contextmanager
+def results_apart() -> Iterator[None]:
+    """Keep stdout for results: what models, plugins and libraries print goes to stderr."""
+    # There is none where the shell has closed it.
+    before = _results.set(sys.stdout or io.StringIO())
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _results.reset(before)
+
 
 def stdout() -> Console:
     """Where results go. Names of layers and files are text, never markup."""
-    return Console(highlight=False, markup=False, emoji=False)
+    return Console(file=_results.get(), highlight=False, markup=False, emoji=False)
 
 
 def stderr() -> Console:

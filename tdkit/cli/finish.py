@@ -99,7 +99,9 @@ def finish(
     start: float,
     json: bool,
 ) -> None:
-    """Fine-tune the compressed model if asked to, measure and write it, and print the report.
+    """Fine-tune the compressed model if asked to, write it, measure it, and print the report.
+
+    It is written first: whatever fails afterwards, a full pipe or a second Ctrl-C, loses a table.
 
     Args:
         opened: The dense model.
@@ -111,17 +113,39 @@ def finish(
         start: When the command started, in seconds.
         json: Whether to print one JSON object instead of tables.
     """
-    from tdkit.cli.common import file_json
-    from tdkit.cli.display import say, stdout, waiting
-    from tdkit.reports import measure, summary
+    from tdkit.cli.display import remark
 
     tuned = None if tuning is None else tuning.run(result.model, quiet=json)
+    _write(opened, result, destination, tuned)
+    try:
+        _tell(opened, result, destination, dataset, tuned, batch=batch, start=start, json=json)
+    except BaseException:
+        remark(f"the model is written to {destination.path} all the same")
+        raise
+
+
+def _tell(
+    opened: Opened,
+    result: Compression,
+    destination: Destination,
+    dataset: Dataset | None,
+    tuned: Tuned | None,
+    *,
+    batch: int,
+    start: float,
+    json: bool,
+) -> None:
+    from tdkit.cli.common import file_json
+    from tdkit.cli.display import note, say, stdout, waiting
+    from tdkit.reports import measure, summary
+
     test = None if dataset is None else dataset.test
     with waiting("measuring"):
         report = measure(opened.model, result, inputs=opened.inputs(batch), test=test)
     if tuned is not None:
         report = replace(report, compressed=tuned.accuracy, finetuning=tuned.summary())
-    _write(opened, result, destination, tuned)
+    if report.untimed is not None:
+        note(report.untimed)
     if json:
         value = summary(
             report,
@@ -149,7 +173,11 @@ def print_notes(opened: Opened, result: Compression) -> None:
     if not result.plan.moves:
         note("nothing was replaced")
     if not result.verified:
-        note("not verified and not timed: that takes --input-shape, such as 3,224,224")
+        undone = "not verified, not timed" if result.uncalibrated else "not verified and not timed"
+        more = " and BatchNorm not calibrated" if result.uncalibrated else ""
+        note(f"{undone}{more}: that takes --input-shape, such as 3,224,224")
+    elif result.uncalibrated is not None:
+        note(f"BatchNorm is not calibrated: {result.uncalibrated}")
 
 
 def save(

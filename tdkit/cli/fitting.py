@@ -58,13 +58,13 @@ class Resume:
         except Exception as error:  # torch raises a different error for every kind of damage
             raise UnreadableFileError(
                 f"{self.path} is not a state that a training of tdkit wrote",
-                "Remove it, or leave out --resume.",
+                "remove it, or leave out --resume",
             ) from error
         for name, text in self.made_by.items():
             if made_by.get(name) != text:
                 raise UsageError(
                     f"{self.path} belongs to another {name}, or to an earlier version of this one",
-                    "Remove it, or name another file with --resume.",
+                    "remove it, or name another file with --resume",
                 )
         result: TrainingState = state
         return result

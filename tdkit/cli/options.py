@@ -76,8 +76,8 @@ Calibrate = Annotated[
     str,
     typer.Option(
         metavar="HOW",
-        help="How to fit BatchNorm to the compressed layers: data (training images of --data, no"
-        " labels), noise (no data), none; auto is data where there are training images.",
+        help="What to fit BatchNorm to the compressed layers on: data (training images of --data,"
+        " no labels), noise (no data), none; auto is data where there are training images.",
     ),
 ]
 Samples = Annotated[

@@ -53,7 +53,7 @@ def _read(reader: type[CIFAR10], folder: Path, train: bool) -> CIFAR10:
     except (OSError, RuntimeError) as error:
         raise UnreadableFileError(
             f"{folder / reader.base_folder} is incomplete or damaged",
-            "Remove it and fetch the data set again.",
+            "remove it and fetch the data set again",
         ) from error
 
 

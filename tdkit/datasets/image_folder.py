@@ -204,7 +204,7 @@ def _common_classes(folder: Path, classes: dict[str, tuple[str, ...]]) -> tuple[
         if different:
             raise UnreadableFileError(
                 f"{folder}: not every split has the class {different[0]}",
-                "Give all splits the same sub-folders.",
+                "give all splits the same sub-folders",
             )
     return first
 

@@ -39,8 +39,9 @@ def tdkit_decompositions() -> list[DecompositionRecord]:
     """Provide svd, cp, tucker and tt."""
     return [
         DecompositionRecord("svd", "truncated SVD: k x k to few channels, then 1x1", _svd),
-        # Depthwise chains run slower than the dense layer on most machines, so only when asked.
-        DecompositionRecord("cp", "CP by ALS: 1x1, depthwise per axis, 1x1", _cp, default=False),
+        # At a fixed size its error is the least, but depthwise chains are slow: beyond this keep
+        # slower than the dense layer (benchmarks/latency.py), so that one has to ask.
+        DecompositionRecord("cp", "CP by ALS: 1x1, depthwise per axis, 1x1", _cp, default=0.25),
         DecompositionRecord(
             "tucker", "channel-mode Tucker by HOSVD: 1x1, k x k core, 1x1", _tucker
         ),

@@ -231,7 +231,11 @@ def check_rank(method: Decomposition, group: LayerSpec, rank: Rank) -> None:
     fits = isinstance(rank, int) == isinstance(largest, int) and len(given) == len(allowed)
     if not fits or any(not 1 <= r <= top for r, top in zip(given, allowed, strict=True)):
         wanted = f"from 1 to {largest}" if fits else f"of the form of the largest, {largest}"
-        raise UsageError(f"rank {rank} does not fit this layer: it must be {wanted}")
+        example = list(largest) if isinstance(largest, tuple) else largest
+        raise UsageError(
+            f"rank {rank} does not fit this layer: it must be {wanted}",
+            f'in a plan the largest is written "rank": {example}',
+        )
 
 
 def compose(stages: Sequence[LayerSpec], weights: Sequence[Tensor], group: LayerSpec) -> Tensor:

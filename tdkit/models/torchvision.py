@@ -190,7 +190,7 @@ def published_weights(name: str) -> dict[str, Tensor]:
     except (OSError, RuntimeError) as error:
         raise UnreadableFileError(
             f"the published weights of {name} could not be downloaded: {_first_line(error)}",
-            "Connect to the network, give a file of weights, or use --weights none.",
+            "connect to the network, give a file of weights, or use --weights none",
         ) from error
     return dict(model.state_dict())
 

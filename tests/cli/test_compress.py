@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
 import tdkit as library
-from tdkit import reports
+from tdkit import compression
 from tdkit.registry import load_registry
 from tdkit.training import evaluate
 
@@ -126,6 +126,64 @@ def test_without_a_shape_it_says_what_is_missing(tdkit, toy) -> None:
     assert done.stderr == (
         "note: not verified and not timed: that takes --input-shape, such as 3,224,224\n"
     )
+
+
+ODD_FACTORY = """
+from torch import nn
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.body, self.head = (nn.Linear(12, 12) for _ in range(3))
+        print("made by a talkative factory")
+
+    def forward(self, x):
+        print("run by a talkative model")
+        if len(x) > 2:
+            raise ValueError("at most two at a time")
+        return self.head(self.body(self.stem(x)))
+"""
+
+
+@pytest.fixture
+def odd(tmp_path: Path) -> tuple[str, ...]:
+    """The arguments for a model that prints, and takes two samples at the most."""
+    (tmp_path / "odd_nets.py").write_text(ODD_FACTORY)
+    layers = {name: nn.Linear(12, 12) for name in ("stem", "body", "head")}
+    torch.save(nn.ModuleDict(layers).state_dict(), tmp_path / "odd.pt")
+    return ("compress", "odd.pt", "--arch", "odd_nets:Odd", "--input-shape", "12", "-b", "0.9")
+
+
+def test_a_model_that_cannot_be_timed_is_written_all_the_same(tdkit, odd, tmp_path) -> None:
+    done = tdkit(*odd, "--methods", "svd", "-o", "small.pt")
+    assert done.status == 0
+    assert "note: not timed on a batch of 32: at most two at a time\n" in done.stderr
+    assert "latency" not in done.stdout
+    assert parameters(library.load(tmp_path / "small.pt", arch="odd_nets:Odd")) <= 0.9 * 468
+
+
+def test_stdout_is_for_the_result_whatever_the_model_prints(tdkit, odd) -> None:
+    done = tdkit(*odd, "--methods", "svd", "-o", "small.pt", "--json")
+    report = json.loads(done.stdout)
+    assert report["latency"] is None
+    assert report["untimed"] == "not timed on a batch of 32: at most two at a time"
+    assert "made by a talkative factory\n" in done.stderr
+    assert "run by a talkative model\n" in done.stderr
+
+
+def test_a_full_disk_behind_stdout_leaves_the_model_and_says_where(toy, tmp_path) -> None:
+    command = [sys.executable, "-m", "tdkit", "compress", "toy.pt", *FAST, "-o", "small.pt"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 6
+    assert done.stderr == (
+        "the model is written to small.pt all the same\n"
+        "error: standard output cannot be written: there is no room left\n"
+        "hint: free some space where it goes to\n"
+    )
+    assert files(tmp_path) == {"toy.pt", "small.pt", "small.plan.json"}
 
 
 def test_the_outputs_name_follows_model_and_budget(tdkit, toy, tmp_path) -> None:
@@ -268,13 +326,12 @@ def test_what_can_be_told_before_the_work_is(
 
 
 def test_a_file_that_another_run_wrote_meanwhile_is_kept(tdkit, toy, tmp_path, monkeypatch) -> None:
-    really_measure = reports.measure
-
-    def measure(*args: Any, **options: Any) -> reports.Report:
+    def compress(*args: Any, **options: Any) -> compression.Compression:
         (tmp_path / "small.pt").write_text("the other run's")
-        return really_measure(*args, **options)
+        return really_compress(*args, **options)
 
-    monkeypatch.setattr("tdkit.reports.measure", measure)
+    really_compress = compression.compress_model
+    monkeypatch.setattr("tdkit.compression.compress_model", compress)
     done = tdkit("compress", "toy.pt", "-o", "small.pt", *FAST)
     assert done.status == 6
     assert "small.pt exists" in done.stderr
@@ -416,6 +473,7 @@ def test_every_format_loads_and_computes_the_same(tdkit, toy, images, tmp_path, 
     done = tdkit("compress", *source, "--format", format, "-o", f"small.{suffix}")
     assert done.status == 0
     assert f"small.{suffix} ({format})" in done.stdout
+    assert done.stderr == ""
     output = tmp_path / f"small.{suffix}"
     assert output.stat().st_size > 1000
     actual = _run_format(format, output, images)
@@ -474,7 +532,7 @@ def test_a_state_dict_with_the_users_own_architecture(tdkit, toy, images, tmp_pa
     assert json.loads(done.stdout)["parameters"] == parameters(small)
     done = tdkit("compress", "weights.pt", "--arch", "own_nets:mk", "-o", "other.pt", *FAST)
     assert done.status == 2
-    assert "own_nets has no mk" in done.stderr
+    assert "own_nets has no mk\nhint: did you mean make?\n" in done.stderr
 
 
 def test_a_class_of_the_users_own_is_allowed_by_name(tdkit, images, tmp_path, monkeypatch) -> None:

@@ -423,5 +423,5 @@ def test_a_training_that_diverges_says_what_to_do(tdkit, toy, tmp_path) -> None:
     done = tdkit("finetune", "toy.pt", *DATA, "--learning-rate", "1e30")
     assert done.status == 1
     assert "the training loss became" in done.stderr
-    assert "hint: Lower the learning rate." in done.stderr
+    assert "hint: lower the learning rate\n" in done.stderr
     assert not (tmp_path / "toy-finetuned.pt").exists()

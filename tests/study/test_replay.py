@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from batchnorm import measure_statistics
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tdkit.calibration import recalibrate
 from tdkit.errors import UnsupportedError, UsageError
 from tdkit.layers import Layer, replace_layer
 from tdkit.metrics.features import ABSOLUTE, RELATIVE, Watched, feature_errors
@@ -138,7 +138,7 @@ def test_families_of_torchvision(
     model = getattr(torchvision.models, name)(weights=None, num_classes=10, **options)
     batches = images(3, 2)
     # With random weights alone all images look alike at the end.
-    recalibrate(model, images(8))
+    measure_statistics(model, images(8))
     convolutions.clear()
     model.eval()(batches[0])
     order = list(convolutions)
