@@ -8,7 +8,7 @@ import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tdkit.errors import UnsupportedError, UsageError
 
@@ -368,6 +368,7 @@ def make_workspace(
     layers = find_layers(
         model.eval(), inputs=inputs, patterns=recipe.layers, keep_ends=not recipe.layers
     )
+    _set_layout(model, inputs)
     if suit.splits:
         recipe = _with_splits(recipe, dataset)
     if suit.batches:
@@ -386,6 +387,23 @@ def make_workspace(
         recipe=recipe,
         device=next(model.parameters(), torch.empty(0)).device,
     )
+
+
+def _set_layout(model: nn.Module, inputs: Sequence[Any] | None) -> None:
+    """Put channels last, which is faster, unless the model cannot run so: one that views features.
+
+    On a CPU, convolutions of the bundled model take two thirds of the time.
+    """
+    import torch
+
+    from tdkit.layers import copies, trial
+
+    try:
+        model.to(memory_format=torch.channels_last)
+        with trial(model):
+            model(*copies(inputs or ()))
+    except Exception:  # a model may fail in any way
+        model.to(memory_format=torch.contiguous_format)
 
 
 def _methods(recipe: StudyRecipe, registry: Registry) -> Mapping[str, Decomposition]:

@@ -68,6 +68,17 @@ def test_the_readme_names_the_two_make_targets() -> None:
         subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
 
 
+def test_the_line_that_make_demo_runs(folder: Path) -> None:
+    shown = subprocess.run(["make", "-n", "demo"], cwd=ROOT, check=True, capture_output=True)
+    (line,) = (s for s in shown.stdout.decode().splitlines() if "tdkit compress" in s)
+    _, *arguments = shlex.split(line)
+    (folder / "out").mkdir(exist_ok=True)
+    run = [sys.executable, "-m", "tdkit", *arguments]
+    done = subprocess.run(run, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "accuracy (2,000 images)" in done.stdout
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command(command: str, folder: Path) -> None:
     program, *arguments = shlex.split(command)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 # Trials that share one pass over the images. More save passes of the dense model; fewer are stored
 # sooner, spread more evenly over workers and cost less when they are interrupted.
-_TOGETHER = 10
+_TOGETHER = 16
 
 # Parameters of the factorized layers that one unit holds in memory.
 _PARAMETERS = 2**25

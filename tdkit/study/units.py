@@ -311,6 +311,10 @@ def _feature_metrics(workspace: Workspace) -> list[Metric]:
     return [metric for metric in workspace.metrics if metric.target == "features"]
 
 
+# A GPU takes so many batches of a CPU at once.
+_GPU_BATCHES = 8
+
+
 class _Images(Iterable[Tensor]):
     """Images as the model takes them; their labels are known once they have gone by."""
 
@@ -321,15 +325,14 @@ class _Images(Iterable[Tensor]):
         self.labelled = split.labels is not None
         self._split, self._wanted = split, wanted
         self._device = workspace.device
+        self._batch_size = wanted.batch_size * (_GPU_BATCHES if self._device.type == "cuda" else 1)
         dtypes = (p.dtype for p in workspace.model.parameters() if p.is_floating_point())
         self._dtype = next(dtypes, torch.float32)
         self._labels: list[Tensor] = []
 
     def __iter__(self) -> Iterator[Tensor]:
         self._labels = []
-        for images, labels in self._split.batches(
-            self._wanted.batch_size, limit=self._wanted.images
-        ):
+        for images, labels in self._split.batches(self._batch_size, limit=self._wanted.images):
             self._labels.append(labels)
             yield images.to(self._device, self._dtype)
 

@@ -194,9 +194,39 @@ def test_large_images_come_in_small_batches_unless_the_user_says_otherwise() -> 
         torch.nn.Linear(2 * 22 * 22, 2),
     )
     recipe = replace(bundled_recipe(), layers=(), numbers=())
-    for suit, size in ((Suit(), 100), (Suit(batches=True), 2**22 // (3 * 224 * 224))):
+    for suit, size in ((Suit(), 50), (Suit(batches=True), 2**22 // (3 * 224 * 224))):
         found = make_workspace(recipe, model, dataset, load_registry(), suit=suit).recipe
         assert (found.evaluation.batch_size, found.features.batch_size) == (size, size)
+
+
+@pytest.mark.parametrize("views", [False, True])
+def test_channels_come_last_unless_the_model_views_its_features(views) -> None:
+    from dataclasses import replace
+
+    from tdkit.datasets.base import in_memory_dataset
+    from tdkit.opening import make_workspace
+    from tdkit.registry import load_registry
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.body = torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 4, 3)
+            self.head = torch.nn.Linear(64, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.body(self.stem(x))
+            return self.head(x.view(len(x), -1) if views else x.flatten(1))
+
+    images = torch.zeros(60, 3, 8, 8, dtype=torch.uint8)
+    part = images, torch.arange(60) % 2
+    dataset = in_memory_dataset("small", ("a", "b"), part, part, 0)
+    model = Net()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    recipe = replace(bundled_recipe(), layers=(), numbers=())
+    make_workspace(recipe, model, dataset, load_registry())
+    assert model.body.weight.is_contiguous(memory_format=torch.channels_last) != views
+    assert model.body.weight.is_contiguous() == views
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_bare_name_is_bundled_or_in_the_folder_recipes(tdkit, recipe, tmp_path) -> None:

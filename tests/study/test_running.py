@@ -108,7 +108,7 @@ class TestInline:
             asked.extend(trials)
             return tiny_study.pretend(given, trials)
 
-        for after in (1, 3, 4):
+        for after in (1, 2, len(chunks) - 1):
             with pytest.raises(Stopped):
                 pretended(tmp_path, workspace, partial(stopping, after))
             assert len(read_results(tmp_path).measurements) == len(asked)

@@ -199,7 +199,7 @@ class TestUnits:
         homes: dict[Trial, int] = {}
         for place, chunk in enumerate(chunks):
             assert len({(t.layer, t.stage) for t in chunk}) == 1
-            assert len({alike(t) for t in chunk}) <= (10 if chunk[0].stage == "before" else 1)
+            assert len({alike(t) for t in chunk}) <= (16 if chunk[0].stage == "before" else 1)
             assert all(homes.setdefault(alike(t), place) == place for t in chunk)
         after = [chunk[0].run for chunk in chunks if chunk[0].stage == "after"]
         assert after == sorted(after)
