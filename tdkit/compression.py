@@ -86,8 +86,8 @@ class Compression:
             was scored, since the rank that is taken is refined.
         put_back: Why a layer that was to be replaced is dense after all, by name.
         verified: Whether a forward pass has compared it with its dense reconstruction.
-        uncalibrated: Why BatchNorm is not fitted to the compressed layers although the plan says
-            so.
+        uncalibrated: Why BatchNorm is not fitted to the compressed layers although the plan asks
+            for it.
     """
 
     model: nn.Module
@@ -100,23 +100,41 @@ class Compression:
     uncalibrated: str | None = None
 
 
+def larger_than_dense(result: Compression) -> list[str]:
+    """The layers that a plan, which a person wrote, makes larger."""
+    return [
+        layer.name
+        for layer in result.layers
+        if sum(stage.parameters for stage in result.structure.get(layer.name, ()))
+        > layer.parameters
+    ]
+
+
 def own_copy(model: nn.Module) -> nn.Module:
     """A copy of the plain model inside any wrapper, so that the caller's stays as it is.
 
     Raises:
         UnsupportedError: If the model cannot be copied, or is lazy.
     """
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"a model is a torch.nn.Module, not a {type(model).__name__}",
+            "load a file with tdkit.load; a state_dict goes into its architecture first",
+        )
     plain = unwrap(model)
     refuse_lazy(plain)
+    _refuse_parts(plain)
     _refuse_patched(plain)
     try:
         return copy.deepcopy(plain)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a module may hold anything
+        where = f", probably because of {culprit}" if (culprit := _uncopyable(plain)) else ""
         raise UnsupportedError(
-            f"the model cannot be copied: {first_line(error)}",
-            "remove weight_norm and the like, and tensors kept from a forward pass, first",
+            f"the model cannot be copied{where}: {first_line(error)}",
+            "remove weight_norm, pruning and the like, sparse weights, and tensors kept from a"
+            " forward pass, first",
         ) from error
 
 
@@ -216,7 +234,7 @@ def compress_model(
         except UsageError as error:
             if not put_back:
                 raise
-            raise UsageError(str(error), _remarks(put_back)) from error
+            raise UsageError(f"{error}; {_remarks(put_back)}", error.hint) from error
         result = apply_plan(
             dense, plan, grid.methods, layers=layers, inputs=inputs, calibration=calibration
         )
@@ -264,10 +282,9 @@ def apply_plan(
     for layer, module in kept.items():
         replace_layer(compressed, layer, module)
     uncalibrated = _calibrate(dense, compressed, plan.calibration, inputs, calibration)
-    done: Calibration = plan.calibration if uncalibrated is None else "none"
     return Compression(
         model=compressed,
-        plan=_without(replace(plan, moves=tuple(moves.values()), calibration=done), broken),
+        plan=_without(replace(plan, moves=tuple(moves.values())), broken),
         layers=tuple(layers),
         structure={layer.name: tuple(map(spec_of, module)) for layer, module in kept.items()},
         errors={layer.name: factorized[layer].error for layer in kept},
@@ -358,6 +375,35 @@ def _size(value: Any) -> int | None:
     return len(value) if isinstance(value, Tensor) and value.ndim else None
 
 
+def _refuse_parts(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedError(
+                f"{name} is a TorchScript module, which cannot be copied or run on trial",
+                "put the Python module there that it was made from",
+            )
+        if name and isinstance(module._modules.get("_orig_mod"), nn.Module):
+            raise UnsupportedError(
+                f"{name} is a compiled module", f"put its original there: {name}._orig_mod"
+            )
+    parameters = dict(model.named_parameters())
+    meta = [key for key, value in parameters.items() if value.is_meta]
+    if meta and len(meta) < len(parameters):
+        raise UnsupportedError(
+            f"{meta[0]} is on the meta device: it has no data", "load its weights first"
+        )
+
+
+def _uncopyable(model: nn.Module) -> str | None:
+    """The name of a tensor that cannot be copied as it is."""
+    for name, module in model.named_modules():
+        own = {**vars(module), **module._parameters, **module._buffers}
+        for key, value in own.items():
+            if isinstance(value, Tensor) and (value.layout != torch.strided or not value.is_leaf):
+                return f"{name}.{key}".removeprefix(".")
+    return None
+
+
 def _refuse_patched(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(vars(module).get("forward"), FunctionType):
@@ -394,7 +440,9 @@ def _resolve(plan: Plan, layers: Sequence[Layer]) -> dict[Layer, Move]:
             raise unknown_name(move.layer, list(by_name), "layer")
         layer = by_name[move.layer]
         if layer in result:
-            raise UsageError(f"the plan replaces the layer {move.layer!r} twice")
+            raise UsageError(
+                f"the plan replaces the layer {move.layer!r} twice", "keep one of the moves"
+            )
         if layer.reason is not None:
             raise UnsupportedError(f"the layer {layer.name!r} stays dense: {layer.reason}")
         result[layer] = replace(move, layer=layer.name)
@@ -416,7 +464,10 @@ def _factorized(
     assert layer.spec is not None
     reason = method.supports(layer.spec.per_group())
     if reason is not None:
-        raise UnsupportedError(f"{move.method} cannot decompose the layer {layer.name!r}: {reason}")
+        raise UnsupportedError(
+            f"{move.method} cannot decompose the layer {layer.name!r}: {reason}",
+            "take the move out of the plan, or name another method",
+        )
     try:
         check_rank(method, layer.spec.per_group(), move.rank)
     except UsageError as error:

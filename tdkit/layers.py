@@ -22,7 +22,16 @@ from tdkit.errors import UnsupportedError, UsageError
 from tdkit.specs import KINDS, LayerSpec, spec_of
 
 _OWNERS_THAT_READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -99,7 +108,9 @@ def find_layers(
             does not run on the inputs.
     """
     if next(model.parameters(), None) is None and next(model.buffers(), None) is None:
-        raise UnsupportedError("the model has no parameters: there is nothing to compress")
+        raise UnsupportedError(
+            "the model has no parameters: there is nothing to compress", "give it its weights first"
+        )
     names = _names(model)
     calls = trace(model, list(names), inputs) if inputs is not None else None
     users = _parameter_users(model)
@@ -120,6 +131,18 @@ def find_layers(
         layers.sort(key=lambda layer: order.get(layer.name, len(order)))
     layers = _select(layers, patterns)
     return _keep_ends(layers) if keep_ends else layers
+
+
+def uncounted(layers: Sequence[Layer]) -> str | None:
+    """What MACs leave out: layers whose weights the model uses without calling them, or not at all.
+
+    Attention does so; its matrices are in no MACs either.
+    """
+    names = [layer.name for layer in layers if layer.calls == () and layer.parameters]
+    if not names:
+        return None
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"MACs leave out what does not run as a layer of its own: {shown}"
 
 
 def replace_layer(model: nn.Module, layer: Layer, module: nn.Module) -> None:
@@ -217,7 +240,9 @@ def trace(
         shapes = ", ".join(str(tuple(i.shape)) for i in inputs if isinstance(i, Tensor))
         raise UnsupportedError(
             f"the model does not run on an input of shape {shapes}: {first_line(error)}",
-            "name the shape that it takes with --input-shape, such as 3,224,224, or data that fit",
+            "name the shape that it takes with --input-shape, such as 3,224,224, or data that fit;"
+            " a model of several inputs or of integers goes without, or with example_inputs in"
+            " Python",
         ) from error
     finally:
         for handle in handles:
@@ -261,7 +286,9 @@ def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
             if name and _is_weight_layer(module):
                 names.setdefault(module, []).append(name)
     except RecursionError as error:
-        raise UnsupportedError("the model's modules contain themselves") from error
+        raise UnsupportedError(
+            "the model's modules contain themselves", "break the circle: modules form a tree"
+        ) from error
     if not names and _is_weight_layer(model):
         raise UnsupportedError(
             f"the model is itself a single {type(model).__name__}",
@@ -312,7 +339,8 @@ def _reason_of_class(module: nn.Module) -> str | None:
 
 
 def _reason_of_instance(module: nn.Module) -> str | None:
-    if any(getattr(module, hooks) for hooks in _HOOKS):
+    hooked = any(getattr(module, hooks) for hooks in _HOOKS)
+    if hooked or any(p._backward_hooks for p in module.parameters(recurse=False)):
         return "it has hooks, which a replacement would lose"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"

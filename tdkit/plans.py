@@ -19,6 +19,8 @@ Cost = Literal["params", "macs"]
 
 FORMAT = 1
 
+_MADE_BY = "make one with: tdkit compress MODEL --dry-run"
+
 
 @dataclass(frozen=True)
 class Move:
@@ -84,10 +86,12 @@ class Plan:
             UsageError: If a key is missing, or a value is of the wrong type.
         """
         if not isinstance(value, Mapping) or value.get("tdkit_plan") != FORMAT:
-            raise UsageError(f'{source} is not a tdkit plan: it has no "tdkit_plan": {FORMAT}')
+            raise UsageError(
+                f'{source} is not a tdkit plan: it has no "tdkit_plan": {FORMAT}', _MADE_BY
+            )
         entries = value.get("moves")
         if not isinstance(entries, Sequence) or isinstance(entries, str):
-            raise UsageError(f'{source} has no list of "moves"')
+            raise UsageError(f'{source} has no list of "moves"', _MADE_BY)
         seed, cost, budget = value.get("seed", 0), value.get("cost", "params"), value.get("budget")
         if type(seed) is not int:
             raise UsageError(f'{source}: "seed" is not a whole number: {seed!r}')
@@ -97,8 +101,11 @@ class Plan:
         if calibration not in CALIBRATIONS:
             known = ", ".join(CALIBRATIONS)
             raise UsageError(f'{source}: "calibration" is none of {known}: {calibration!r}')
-        if budget is not None and not (type(budget) in (int, float) and math.isfinite(budget)):
-            raise UsageError(f'{source}: "budget" is not a number: {budget!r}')
+        if budget is not None and not (type(budget) in (int, float) and 0 < budget <= 1):
+            raise UsageError(
+                f'{source}: "budget" is not a fraction above 0 and at most 1: {budget!r}',
+                "it is for the record: leave it out where it is not known",
+            )
         moves = tuple(_move(entry, f"{source}, move {i + 1}") for i, entry in enumerate(entries))
         return cls(
             moves=moves,
@@ -121,11 +128,11 @@ def read_plan(path: Path) -> Plan:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UnreadableFileError(f"{path}: {error.strerror}") from error
+        raise UnreadableFileError(f"{path}: {error.strerror}", _MADE_BY) from error
     except (ValueError, RecursionError) as error:
         raise UnreadableFileError(
             f"{path} is not a JSON file: {error}",
-            "the plan comes first, then the model; make one with: tdkit compress MODEL --dry-run",
+            f"the plan comes first, then the model; {_MADE_BY}",
         ) from error
     return Plan.from_json(value, str(path))
 
@@ -194,7 +201,10 @@ def _move(entry: Any, source: str) -> Move:
     rank = entry["rank"]
     numbers = rank if isinstance(rank, list) else [rank]
     if not numbers or any(type(number) is not int for number in numbers):
-        raise UsageError(f"{source}: rank {rank!r} is not a whole number or a list of them")
+        raise UsageError(
+            f"{source}: rank {rank!r} is not a whole number or a list of them",
+            'write "rank": 8, or "rank": [8, 8] for a method of several',
+        )
     return Move(
         str(entry["layer"]), str(entry["method"]), tuple(rank) if isinstance(rank, list) else rank
     )

@@ -111,6 +111,7 @@ def summary(
         "latency": None if latency is None else _conditions(latency),
         "untimed": report.untimed,
         "verified": compression.verified,
+        "uncalibrated": compression.uncalibrated,
         "put_back": dict(compression.put_back),
         "seconds": round(seconds, 3),
         "output": output,

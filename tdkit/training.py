@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tdkit.errors import TdkitError, UnsupportedError, UsageError
-from tdkit.layers import mode
+from tdkit.layers import mode, trial
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -139,6 +139,26 @@ def evaluate(
             loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
     flags = torch.cat(correct)
     return Evaluation(float(flags.double().mean()), flags, loss / len(flags))
+
+
+def check_fit(
+    model: nn.Module, split: Split, classes: int, device: torch.device | str = "cpu"
+) -> None:
+    """Refuse, before any work, images that a model cannot be measured on; looks at one batch.
+
+    Args:
+        model: The model.
+        split: Labelled images.
+        classes: How many classes the data set has.
+        device: Where the model is.
+
+    Raises:
+        UsageError: If the model cannot take the images, or has fewer scores than classes.
+    """
+    with trial(model):
+        for images, _ in split.batches(2, limit=2):
+            logits = _logits(model, images.to(device, _dtype(model)))
+            _check_classes(logits, torch.tensor([classes - 1]))
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:

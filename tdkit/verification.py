@@ -96,7 +96,7 @@ class _Comparison:
         self.tolerance = _TOLERANCE[torch.float64]
         outputs = _outputs(self.model, self.inputs)
         if isinstance(outputs, list):
-            _refuse_broken(dense, outputs)
+            _refuse_broken(dense, inputs, outputs)
             return
         # A model that insists on its own precision is compared in it.
         self.model, self.inputs = copy.deepcopy(dense), list(inputs)
@@ -107,7 +107,7 @@ class _Comparison:
             raise UnsupportedError(
                 f"the model cannot be verified on a batch of samples: {outputs}", _BLIND
             )
-        _refuse_broken(dense, outputs)
+        _refuse_broken(dense, inputs, outputs)
 
     def difference(self, factorized: Mapping[Layer, nn.Sequential]) -> str | None:
         """What is different with these layers replaced; None when nothing is."""
@@ -151,10 +151,15 @@ class _Comparison:
         return reference, compressed
 
 
-def _refuse_broken(dense: nn.Module, outputs: Sequence[Tensor]) -> None:
+def _refuse_broken(dense: nn.Module, inputs: Sequence[Any], outputs: Sequence[Tensor]) -> None:
     """Refuse a model that is broken before anything is replaced: nothing could be compared."""
     if any(bool(output.isfinite().any()) or output.numel() == 0 for output in outputs):
         return
+    if any(isinstance(x, Tensor) and not bool(x.isfinite().all()) for x in inputs):
+        raise UnsupportedError(
+            "the model cannot be verified on inputs that hold NaN or infinite values",
+            "take those samples out",
+        )
     state = dense.state_dict(keep_vars=True).items()
     broken = [name for name, value in state if not bool(value.isfinite().all())]
     where = f"; so are entries of {', '.join(broken[:3])}" if broken else ""

@@ -65,8 +65,9 @@ class TestJson:
             ({"seed": True}, '"seed" is not a whole number'),
             ({"seed": 1.5}, '"seed" is not a whole number'),
             ({"cost": "flops"}, '"cost" is neither params nor macs'),
-            ({"budget": "50%"}, '"budget" is not a number'),
-            ({"budget": math.nan}, '"budget" is not a number'),
+            ({"budget": "50%"}, '"budget" is not a fraction'),
+            ({"budget": 7}, '"budget" is not a fraction'),
+            ({"budget": math.nan}, '"budget" is not a fraction'),
         ],
     )
     def test_what_is_no_plan_is_refused(self, change: dict[str, Any], reason: str) -> None:

@@ -318,7 +318,7 @@ def test_a_loss_that_is_not_finite_ends_the_training():
     recipe = replace(RECIPE, optimizer=OptimizerRecipe("sgd", 1e30, momentum=0.0))
     with pytest.raises(TdkitError, match=r"training loss became .* in epoch 1, step") as caught:
         train(toy_model(), toy_data(), recipe, generator=seeded())
-    assert caught.value.hint == "Lower the learning rate."
+    assert caught.value.hint == "lower the learning rate"
 
 
 @pytest.mark.parametrize("part", ["train", "validation"])

@@ -10,6 +10,7 @@ from typing import Annotated, Optional
 import typer
 
 from tdkit.cli import options
+from tdkit.errors import UnsupportedError
 
 
 def apply(
@@ -45,6 +46,7 @@ def apply(
     from tdkit.cli.common import (
         Source,
         calibration_batches,
+        check_test,
         open_registry,
         open_with_data,
         settle_calibration,
@@ -65,6 +67,7 @@ def apply(
         model, arch, weights, classes, unsafe_load, input_shape, device, seed=wanted.seed
     )
     opened, dataset = open_with_data(source, registry, data, data_root)
+    check_test(opened, dataset)
     default = f"{opened.name}-{plan.stem.removesuffix('.plan')}"
     destination = Destination.of(opened, output, default, format, force, inputs=[model, plan])
     destination.check()
@@ -80,4 +83,10 @@ def apply(
         inputs=opened.inputs(),
         calibration=calibration_batches(how, dataset, samples, opened.model),
     )
+    if result.put_back and not result.plan.moves:
+        name, reason = next(iter(result.put_back.items()))
+        raise UnsupportedError(
+            f"no layer of the plan can be replaced; {name}: {reason}",
+            "tdkit inspect shows which layers can",
+        )
     finish(opened, result, destination, dataset, tuning, batch=batch_size, start=start, json=json)

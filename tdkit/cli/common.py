@@ -119,6 +119,15 @@ def calibration_batches(
     return _images(dataset.train, samples, model)
 
 
+def check_test(opened: Opened, dataset: Dataset | None) -> None:
+    """Refuse, before any work, test images that the model cannot be measured on."""
+    from tdkit.training import check_fit
+
+    if dataset is not None and dataset.test is not None and dataset.test.labels is not None:
+        device = next(p.device for p in opened.model.parameters())
+        check_fit(opened.model, dataset.test, len(dataset.classes), device)
+
+
 def settle_calibration(
     text: str, dataset: Dataset | None, planned: Calibration | None = None
 ) -> Calibration:

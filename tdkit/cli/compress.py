@@ -62,6 +62,7 @@ def compress(
     from tdkit.cli.common import (
         Source,
         calibration_batches,
+        check_test,
         feature_batches,
         file_json,
         open_registry,
@@ -95,6 +96,7 @@ def compress(
         method_limits(registry, names),
     )
     opened, dataset = open_with_data(source, registry, data, data_root)
+    check_test(opened, dataset)
     goal = replace(goal, calibration=settle_calibration(calibrate, dataset))
     if cost == "macs":
         opened.require_shape("counting MACs")

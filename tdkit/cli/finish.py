@@ -165,6 +165,8 @@ def _tell(
 def print_notes(opened: Opened, result: Compression) -> None:
     """Tell on stderr what the user should know about the model and its compression."""
     from tdkit.cli.display import note
+    from tdkit.compression import larger_than_dense
+    from tdkit.layers import uncounted
 
     for text in opened.loaded.notes:
         note(text)
@@ -172,10 +174,13 @@ def print_notes(opened: Opened, result: Compression) -> None:
         note(f"{name} was put back: {reason}")
     if not result.plan.moves:
         note("nothing was replaced")
+    for name in larger_than_dense(result):
+        note(f"the plan makes the layer {name} larger")
+    if (names := uncounted(result.layers)) is not None:
+        note(names)
     if not result.verified:
-        undone = "not verified, not timed" if result.uncalibrated else "not verified and not timed"
-        more = " and BatchNorm not calibrated" if result.uncalibrated else ""
-        note(f"{undone}{more}: that takes --input-shape, such as 3,224,224")
+        undone = "verified, calibrated" if result.uncalibrated else "verified"
+        note(f"not {undone} or timed: that takes --input-shape, such as 3,224,224")
     elif result.uncalibrated is not None:
         note(f"BatchNorm is not calibrated: {result.uncalibrated}")
 

@@ -38,7 +38,7 @@ def inspect(
     from tdkit.cli.display import note, stdout
     from tdkit.compression import one_sample
     from tdkit.costs import model_parameters
-    from tdkit.layers import find_layers
+    from tdkit.layers import find_layers, uncounted
 
     registry = open_registry()
     source = Source(model, arch, weights, allow_class or (), unsafe_load, input_shape, device)
@@ -59,6 +59,8 @@ def inspect(
         stdout().out(file_json(value), end="")
     else:
         _print(found, total, opened.shape)
+    if (names := uncounted(found)) is not None:
+        note(names)
     for text in opened.loaded.notes:
         note(text)
 

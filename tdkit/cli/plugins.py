@@ -51,5 +51,7 @@ def _print(provider: Provider, registry: Registry, *, first: bool) -> None:
 
 
 def _summary(record: Any) -> str:
-    asked = getattr(record, "default", True)
-    return f"{record.summary}{'' if asked else '; only if named'}"
+    limit = getattr(record, "default", 1.0)
+    if limit == 0:
+        return f"{record.summary}; only if named"
+    return f"{record.summary}{'' if limit >= 1 else f'; unless named, up to keep {limit:g}'}"

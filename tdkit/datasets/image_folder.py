@@ -38,6 +38,9 @@ STD = (0.229, 0.224, 0.225)
 # The centre crop keeps 224 of 256 pixels, as in most published evaluations.
 _KEPT, _RESIZED = 224, 256
 
+# Folders of splits, which are no classes.
+_SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "testing")
+
 
 @dataclass(frozen=True, eq=False)
 class FolderSplit:
@@ -173,9 +176,20 @@ def _parts(folder: Path) -> dict[str, Path]:
     """Return the folder of each split that the layout has."""
     held = [folder / name for name in ("val", "test") if (folder / name).is_dir()]
     if not (folder / "train").is_dir() or not held:
+        _refuse_splits_as_classes(folder)
         return {"test": folder}
     parts = {"train": folder / "train", "test": held[-1]}
     return parts if len(held) == 1 else {**parts, "validation": held[0]}
+
+
+def _refuse_splits_as_classes(folder: Path) -> None:
+    for name in _SPLIT_NAMES:
+        place = folder / name
+        if place.is_dir() and any(entry.is_dir() for entry in place.iterdir()):
+            raise UnreadableFileError(
+                f"{folder}: {name} looks like a split, not like a class",
+                f"the splits are called train, val and test; or name {place} itself",
+            )
 
 
 def _find(folder: Path, size: tuple[int, int]) -> tuple[tuple[str, ...], FolderSplit]:

@@ -124,7 +124,7 @@ def test_without_a_shape_it_says_what_is_missing(tdkit, toy) -> None:
     assert "MACs" not in done.stdout
     assert "latency" not in done.stdout
     assert done.stderr == (
-        "note: not verified and not timed: that takes --input-shape, such as 3,224,224\n"
+        "note: not verified or timed: that takes --input-shape, such as 3,224,224\n"
     )
 
 
