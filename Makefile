@@ -4,12 +4,13 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install test check demo clean
+.PHONY: help install test check demo bench clean
 
 help:
 	@echo "make test    install into $(VENV), then check style, types and run the tests"
 	@echo "make demo    compress the bundled model and show what it costs before and after"
 	@echo "make check   style and types only"
+	@echo "make bench   measure everything, about half an hour, and write benchmarks/RESULTS.md"
 	@echo "make clean   remove $(VENV) and what the demo wrote"
 
 install: $(INSTALLED)
@@ -30,6 +31,9 @@ test: check
 demo: $(INSTALLED)
 	mkdir -p out
 	$(BIN)/tdkit compress garipov --budget 0.25 --data fashion-mnist-sample --output out/garipov-0.25.pt --force
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/run.py
 
 clean:
 	rm -rf $(VENV) out .mypy_cache .pytest_cache .ruff_cache .hypothesis
