@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -74,6 +75,25 @@ class TensorTrain(Decomposition):
         return PreparedTensorTrain(self, layer, weight, seed)
 
 
+@dataclass(frozen=True)
+class _Table:
+    """Ranks to choose from: their sizes and bounds, (middles, last, first); inf where unrealizable.
+
+    Attributes:
+        first: Ranks at the input's end.
+        middles: Inner ranks, none where there is one axis.
+        last: Ranks at the output's end.
+        sizes: Parameters.
+        bounds: Squared errors, at most.
+    """
+
+    first: Tensor
+    middles: tuple[tuple[int, ...], ...]
+    last: Tensor
+    sizes: Tensor
+    bounds: Tensor
+
+
 class PreparedTensorTrain(Prepared):
     """TT-SVD that cuts at both ends first, where all ranks share the channel bases.
 
@@ -88,6 +108,7 @@ class PreparedTensorTrain(Prepared):
         super().__init__(method, layer, weight, seed)
         self._shape = _shape(self.group)
         self._hosvd = hosvd(self.weight)
+        self._spectra: dict[tuple[int, int], Tensor] = {}
 
     def best_rank(self, parameters: int) -> tuple[int, ...]:
         """The rank of least bound on the error that fits, over a grid of end and middle ranks.
@@ -95,26 +116,21 @@ class PreparedTensorTrain(Prepared):
         The bound is exact in the cuts at the ends and, in the middle ones, the tail of the whole
         weight's unfolding.
         """
-        smallest = (1,) * (len(self._shape) - 1)
-        best, least = smallest, math.inf
-        first, last = (_steps(n) for n in reversed(self._hosvd.squared.shape))
-        ends = self._hosvd.squared.cpu()[last][:, first]
-        for middle, lost in self._middles:
-            sizes, fits = _grid(self._shape, first, middle, last)
-            bound = torch.where(fits & (sizes <= parameters), ends + lost, math.inf)
-            place = int(bound.argmin())
-            if float(bound.flatten()[place]) < least:
-                least = float(bound.flatten()[place])
-                row, column = divmod(place, len(first))
-                best = (int(first[column]), *middle, int(last[row]))
-        return best
+        table = self._table
+        fitting = torch.where(table.sizes <= parameters, table.bounds, math.inf)
+        place = int(fitting.argmin())
+        if not math.isfinite(float(fitting.flatten()[place])):
+            return (1,) * (len(self._shape) - 1)
+        rest, column = divmod(place, len(table.first))
+        cut, row = divmod(rest, len(table.last))
+        return (int(table.first[column]), *table.middles[cut], int(table.last[row]))
 
     def unit_error(self, rank: Rank) -> float:
         """The root of the squared truncation errors, from tables and spectra."""
         assert isinstance(rank, tuple)
         squared = float(self._hosvd.squared[rank[-1], rank[0]])
         if len(rank) == 3:
-            tails = tail_norms(energies(self._inner(rank).flatten(1, 2).flatten(2)).sum(0))
+            tails = self._tails(rank)
             squared += float(tails[min(rank[1], len(tails) - 1)]) ** 2
         elif len(rank) > 3:
             squared += self._train(rank)[1]
@@ -134,6 +150,14 @@ class PreparedTensorTrain(Prepared):
             for g in range(self.layer.groups)
         ]
 
+    def _tails(self, rank: tuple[int, ...]) -> Tensor:
+        """The tails of the one inner cut; many ranks differ in that cut alone."""
+        ends = (rank[0], rank[-1])
+        if ends not in self._spectra:
+            matrix = self._inner(rank).flatten(1, 2).flatten(2)
+            self._spectra[ends] = tail_norms(energies(matrix).sum(0))
+        return self._spectra[ends]
+
     def _inner(self, rank: tuple[int, ...]) -> Tensor:
         """The weight between the channel bases, (groups, r_1, *kernel, r_last)."""
         core = self._hosvd.core.transpose(1, 2).movedim(2, -1)
@@ -150,6 +174,18 @@ class PreparedTensorTrain(Prepared):
             carriages.append(fitted(basis, after).unflatten(1, (before, n)))
             rest = fitted(core.mT, after).mT
         return [*carriages, rest.reshape(self.layer.groups, rank[-2], self._shape[-2], -1)], lost
+
+    @cached_property
+    def _table(self) -> _Table:
+        first, last = (_steps(n) for n in reversed(self._hosvd.squared.shape))
+        ends = self._hosvd.squared.cpu()[last][:, first]
+        middles, sizes, bounds = [], [], []
+        for middle, lost in self._middles:
+            size_of, fits = _grid(self._shape, first, middle, last)
+            middles.append(middle)
+            sizes.append(size_of)
+            bounds.append(torch.where(fits, ends + lost, math.inf))
+        return _Table(first, tuple(middles), last, torch.stack(sizes), torch.stack(bounds))
 
     @cached_property
     def _middles(self) -> list[tuple[tuple[int, ...], float]]:

@@ -616,7 +616,7 @@ def test_a_factory_or_class_of_ones_own(file: Path, own: Any) -> None:
         ("OWN:make", UnreadableFileError, "does not fit own_.*:make"),
         ("OWN:wrong", UsageError, "returned a int, not a torch.nn.Module"),
         ("OWN:broken", UsageError, "calling it failed: ValueError: no such depth"),
-        ("OWN:number", UsageError, "is a int, not a function"),
+        ("OWN:number", UsageError, "of type int, not a function"),
         ("OWN:nothing", UsageError, "has no nothing"),
         ("nowhere.at.all:make", UsageError, "No module named 'nowhere'"),
         ("exits:make", UsageError, "importing exits failed: SystemExit"),
