@@ -168,10 +168,16 @@ def _study(text: str | None, model: str | None, data: str | None) -> _Study:
     runs = Path("runs")
     if text is not None:
         path, recipe = _recipe(text)
+        if model is None and data is None:
+            return _Study(recipe, runs / path.stem, Suit())
+        # Where numbers come from, and the paper's values, are about what the recipe names.
+        recipe = replace(recipe, data=data or recipe.data, notes=(), published=())
         if model is not None:
             recipe = replace(recipe, model=model, weights=None)
-        recipe = replace(recipe, data=data or recipe.data)
-        return _Study(recipe, runs / path.stem, Suit())
+        name = Path(recipe.model).stem
+        title = f"{name} on {recipe.data}, by the recipe {path.stem}"
+        folder = runs / f"{path.stem}-{name}-{recipe.data.partition(':')[0]}"
+        return _Study(replace(recipe, title=title), folder, Suit())
     recipe = bundled_recipe()
     if model is not None:
         if data is None:
@@ -201,7 +207,9 @@ def _recipe(text: str) -> tuple[Path, StudyRecipe]:
     if bare and not path.is_file():
         known = {p.stem: p for folder in folders for p in sorted(folder.glob("*.toml"))}
         if text not in known:
-            raise unknown_name(text, list(known), "recipe, and no file,")
+            error = unknown_name(text, list(known), "recipe, and no file,")
+            hint = "the paper's are in the folder recipes of tdkit's repository: run it there"
+            raise UsageError(str(error), f"{error.hint}; {hint}")
         path = known[text]
     return path, load_recipe(path, StudyRecipe)
 

@@ -594,6 +594,8 @@ def _answer(data: _Data, question: _Question, rng: np.random.Generator) -> list[
     estimates = []
     for k, name in enumerate(data.names):
         reasons = [one.reasons[k] for one in flat if one.reasons[k]]
+        # The ceiling is that of the groups that tau is a mean of.
+        counted = [one for one in flat if not np.isnan(one.taus[k])] or flat
         known = per_run[:, k][~np.isnan(per_run[:, k])]
         low, high = tau_interval(float(tau[k]), resampled[:, k], LEVEL)
         correlation = Correlation(
@@ -605,7 +607,7 @@ def _answer(data: _Data, question: _Question, rng: np.random.Generator) -> list[
             tau=float(tau[k]),
             std=float(known.std(ddof=1)) if len(known) > 1 else None,
             interval=Interval(max(low, -1.0), min(high, 1.0)),
-            ceiling=float(_mean(np.array([one.ceiling for one in flat]))),
+            ceiling=float(_mean(np.array([one.ceiling for one in counted]))),
             runs=data.table.runs,
             groups=len(question.groups),
             undefined=len(reasons),
@@ -613,7 +615,7 @@ def _answer(data: _Data, question: _Question, rng: np.random.Generator) -> list[
             candidates=len(members),
             pairs=sum(one.pairs for one in compared[0]),
             tied=float(tied[k]),
-            resolved=float(_mean(np.array([one.resolved for one in flat]))),
+            resolved=float(_mean(np.array([one.resolved for one in counted]))),
             on_resolved=float(on_resolved[k]),
         )
         estimates.append(_Estimate(correlation, resampled[:, k]))

@@ -288,7 +288,7 @@ def adapted(
     finetune = recipe.finetune
     if finetune is not None and finetune.keeps is not None:
         left = tuple(keep for keep in finetune.keeps if keep in kept)
-        finetune = replace(finetune, keeps=left or None)
+        finetune = replace(finetune, keeps=left) if left else None
     ranks = (r for r in recipe.ranks if r.keep in kept and r.method in used)
     return replace(
         recipe,

@@ -229,6 +229,20 @@ def test_channels_come_last_unless_the_model_views_its_features(views) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_a_recipe_on_other_data_claims_nothing_about_them() -> None:
+    from tdkit.cli.validate import _study
+
+    path = str(Path(__file__).parents[2] / "recipes" / "iclr2023-garipov-fashion-mnist.toml")
+    own = _study(path, None, None)
+    assert own.recipe.published
+    assert own.recipe.notes
+    other = _study(path, "my/net.pt", "image-folder:photos")
+    assert (other.recipe.published, other.recipe.notes) == ((), ())
+    title = "net on image-folder:photos, by the recipe iclr2023-garipov-fashion-mnist"
+    assert other.recipe.title == title
+    assert other.folder != own.folder
+
+
 def test_a_bare_name_is_bundled_or_in_the_folder_recipes(tdkit, recipe, tmp_path) -> None:
     (tmp_path / "recipes").mkdir()
     recipe.rename(tmp_path / "recipes" / "mine.toml")

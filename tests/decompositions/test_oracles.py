@@ -214,3 +214,11 @@ def test_the_tt_size_is_that_of_its_stages() -> None:
     method, spec = TensorTrain(), spec_of(nn.Conv3d(5, 7, (2, 3, 2), bias=False))
     rank = (3, 4, 5, 6)
     assert size((5, 2, 3, 2, 7), rank) == count(method.stages(spec, rank))
+
+
+def test_cp_of_a_pointwise_convolution_is_its_svd() -> None:
+    weight = smooth_weight(9, 14, 1, 1)
+    values = torch.linalg.svdvals(weight.flatten(1))
+    got = prepared(Cp(), weight)
+    for rank in (1, 4, 8, 9):
+        assert got.error(rank) == pytest.approx(float(values[rank:].norm()), rel=1e-9, abs=1e-12)

@@ -255,6 +255,9 @@ def test_undefined_groups_are_left_out_of_the_mean() -> None:
         for layer, keep in product(recipe.layers, recipe.focus)
     ]
     assert found.tau == pytest.approx(np.nanmean(taus))
+    # The ceiling is that of the same groups: the one that is left out would pull it down.
+    whole = conclude(results, recipe).correlation("before", "methods", METRIC)
+    assert found.ceiling > whole.ceiling * (1 - 1 / found.groups) + 1e-9
 
 
 def test_failed_and_missing_trials_take_part_in_nothing(study) -> None:

@@ -269,7 +269,7 @@ class TestAdapted:
         recipe = parse(TEXT)
         keeps = adapted(recipe, keeps=(0.5, 0.1))
         assert (keeps.keeps, keeps.focus, keeps.ranks) == ((0.5, 0.1), (), recipe.ranks)
-        assert keeps.finetune.keeps is None
+        assert keeps.finetune is None  # nobody asked for these keeps to be fine-tuned
         assert keeps.published == ()
         assert keeps.numbers == (2, 4)
         methods = adapted(recipe, methods=("tucker", "tt"))
