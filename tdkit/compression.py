@@ -224,7 +224,7 @@ def compress_model(
     dense = own_copy(model)
     layers = find_layers(dense, inputs=one_sample(inputs), patterns=patterns, keep_ends=keep_ends)
     if goal.budget < 1:
-        _refuse_closed(layers)
+        refuse_closed(layers)
     candidates = score(dense, layers, grid, batches=batches, progress=progress)
     put_back: dict[str, str] = {}
     while True:
@@ -414,7 +414,12 @@ def _refuse_patched(model: nn.Module) -> None:
             )
 
 
-def _refuse_closed(layers: Sequence[Layer]) -> None:
+def refuse_closed(layers: Sequence[Layer]) -> None:
+    """Refuse a model none of whose layers can be compressed.
+
+    Raises:
+        UnsupportedError: With the reasons.
+    """
     reasons = dict.fromkeys(layer.reason for layer in layers)
     if not layers:
         raise UnsupportedError("the model has no convolutional or linear layer")

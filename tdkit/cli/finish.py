@@ -146,6 +146,8 @@ def _tell(
         report = replace(report, compressed=tuned.accuracy, finetuning=tuned.summary())
     if report.untimed is not None:
         note(report.untimed)
+    if dataset is not None and report.accuracy is None:
+        note(f"no accuracy: {dataset.name} has no labelled test images")
     if json:
         value = summary(
             report,

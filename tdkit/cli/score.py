@@ -61,7 +61,7 @@ def score(
         parse_names,
     )
     from tdkit.cli.display import note, progress_bar, say, stdout
-    from tdkit.compression import one_sample, own_copy
+    from tdkit.compression import one_sample, own_copy, refuse_closed
     from tdkit.layers import find_layers
 
     registry = open_registry()
@@ -88,6 +88,7 @@ def score(
         patterns=layers or (),
         keep_ends=not include_ends,
     )
+    refuse_closed(found)
     needs_data = any(m.target == "features" for m in metrics)
     batches = feature_batches(dataset, samples, opened.model) if needs_data else []
     with progress_bar("scoring", then="scoring") as progress:

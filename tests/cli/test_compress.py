@@ -162,6 +162,24 @@ def test_a_model_that_cannot_be_timed_is_written_all_the_same(tdkit, odd, tmp_pa
     assert parameters(library.load(tmp_path / "small.pt", arch="odd_nets:Odd")) <= 0.9 * 468
 
 
+def test_images_without_labels_give_no_accuracy_and_say_so(tdkit, tmp_path) -> None:
+    (tmp_path / "flat").mkdir()
+    to_pil_image(torch.zeros(3, 12, 12, dtype=torch.uint8)).save(tmp_path / "flat" / "0.png")
+    (tmp_path / "flat_nets.py").write_text(TOY_FACTORY.replace("Conv2d(1,", "Conv2d(3,"))
+    layers = [nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3), nn.Conv2d(16, 16, 3), nn.Linear(16, 10)]
+    state = {
+        f"{place}.{key}": value
+        for place, layer in zip((0, 2, 4, 7), layers, strict=True)
+        for key, value in layer.state_dict().items()
+    }
+    torch.save(state, tmp_path / "flat.pt")
+    source = ("flat.pt", "--arch", "flat_nets:make", "--input-shape", "3,12,12")
+    done = tdkit("compress", *source, "--data", "image-folder:flat", "-o", "s.pt", *FAST)
+    assert done.status == 0
+    assert "note: no accuracy: image-folder:flat has no labelled test images\n" in done.stderr
+    assert "accuracy" not in done.stdout
+
+
 def test_stdout_is_for_the_result_whatever_the_model_prints(tdkit, odd) -> None:
     done = tdkit(*odd, "--methods", "svd", "-o", "small.pt", "--json")
     report = json.loads(done.stdout)

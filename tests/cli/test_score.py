@@ -105,3 +105,12 @@ def test_an_error_while_scoring_is_not_blamed_on_the_output(tdkit, toy, monkeypa
     assert done.status == 1
     assert "the data set's disk went away" in done.stderr
     assert "cannot be written" not in done.stderr
+
+
+def test_a_model_with_nothing_to_score_is_refused_with_the_reasons(tdkit, tmp_path) -> None:
+    ends = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    torch.save(ends, tmp_path / "ends.pt")
+    done = tdkit("score", "ends.pt")
+    assert done.status == 5
+    assert "no layer of the model can be compressed: the first layer is kept dense" in done.stderr
+    assert not (tmp_path / "ends-scores.json").exists()
