@@ -138,7 +138,11 @@ def apply(
 
 
 def load(
-    source: str | Path, *, arch: str | None = None, model: nn.Module | None = None
+    source: str | Path,
+    *,
+    arch: str | None = None,
+    model: nn.Module | None = None,
+    allow_classes: Sequence[str] = (),
 ) -> nn.Module:
     """Read a model file safely, also one that tdkit wrote as a state_dict.
 
@@ -146,6 +150,7 @@ def load(
         source: The file, or a registered name.
         arch: The architecture of a state_dict: a registered name or ``package.module:callable``.
         model: Instead of ``arch``, an instance of the dense architecture; it is changed in place.
+        allow_classes: Classes of yours that the file may hold, each ``package.module:Class``.
 
     Raises:
         TdkitError: Of the kind that fits what is wrong with the file.
@@ -154,7 +159,8 @@ def load(
 
     if model is not None:
         return load_into(model, source).model
-    return load_model(source, models=load_registry().models, arch=arch).model
+    models = load_registry().models
+    return load_model(source, models=models, arch=arch, allow_classes=tuple(allow_classes)).model
 
 
 def validate(

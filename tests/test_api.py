@@ -1,6 +1,7 @@
 """The public API: names in, models out."""
 
 import copy
+import importlib
 import inspect
 import json
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from torch.nn import functional
 import tdkit
 from tdkit import Move, Plan
 from tdkit.api import method_limits, resolve_methods
-from tdkit.errors import UnsupportedError, UsageError
+from tdkit.errors import UnsafeFileError, UnsupportedError, UsageError
 from tdkit.layers import find_layers
 from tdkit.registry import load_registry
 
@@ -207,6 +208,19 @@ class TestApply:
     def test_unknown_methods_are_refused(self, model: nn.Sequential) -> None:
         with pytest.raises(UsageError, match="no method named 'mine'"):
             tdkit.apply(Plan((Move("2", "mine", 3),)), model)
+
+
+def test_load_takes_the_users_word_for_a_class(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "word_nets.py").write_text(
+        "from torch import nn\n\nclass Net(nn.Sequential):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    word_nets = importlib.import_module("word_nets")
+    model = word_nets.Net(nn.Linear(3, 2))
+    torch.save(model, tmp_path / "own.pt")
+    with pytest.raises(UnsafeFileError, match="not on tdkit's list"):
+        tdkit.load(tmp_path / "own.pt")
+    assert same(tdkit.load(tmp_path / "own.pt", allow_classes=["word_nets:Net"]), model)
 
 
 def test_load_rebuilds_what_was_saved(model: nn.Sequential, tmp_path: Path) -> None:

@@ -26,7 +26,9 @@ Weights = Annotated[
 ]
 AllowClass = Annotated[
     Optional[list[str]],  # noqa: UP045
-    typer.Option(metavar="PACKAGE.MODULE:CLASS", help="A class of yours that the file may hold."),
+    typer.Option(
+        metavar="PACKAGE.MODULE:CLASS", help="A class of yours that the file may hold; repeatable."
+    ),
 ]
 UnsafeLoad = Annotated[
     bool,
