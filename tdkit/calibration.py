@@ -126,7 +126,12 @@ def _usable(inputs: list[Sequence[Any]]) -> list[Sequence[Any]]:
             "the data to calibrate on hold NaN or infinite values", "take those samples out"
         )
     # BatchNorm has no statistics of a single sample without spatial axes.
-    return inputs[:-1] if len(inputs) > 1 and len(inputs[-1][0]) == 1 else inputs
+    return inputs[:-1] if len(inputs) > 1 and _is_single(inputs[-1]) else inputs
+
+
+def _is_single(batch: Sequence[Any]) -> bool:
+    sizes = (len(value) for value in batch if isinstance(value, Tensor) and value.ndim)
+    return next(sizes, None) == 1
 
 
 def _is_finite(value: Any) -> bool:

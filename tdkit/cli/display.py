@@ -78,6 +78,9 @@ def progress_bar(title: str, then: str) -> Iterator[Callable[[int, int], None]]:
         What to call with the units done and all units.
     """
     console = stderr()
+    if not console.is_terminal:
+        yield lambda done, total: None
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -88,7 +91,6 @@ def progress_bar(title: str, then: str) -> Iterator[Callable[[int, int], None]]:
         *columns,
         console=console,
         transient=True,
-        disable=not console.is_terminal,
         # Units may take minutes: the ETA follows the speed of the last hour.
         speed_estimate_period=3600,
     ) as progress:

@@ -199,7 +199,8 @@ def test_shared_modules_and_tied_weights(file: Path, format: str) -> None:
             assert sum(opened.get_tensor(key).numel() * 4 for key in opened.keys()) == size  # noqa: SIM118
         other = Twice()
         other.one = other.two = nn.Sequential(nn.Linear(4, 1, bias=False), nn.Linear(1, 4))
-        assert safetensors.torch.load_model(other, file) == (set(), [])
+        # Older releases say it in sets, newer ones in lists.
+        assert not any(safetensors.torch.load_model(other, file))
 
 
 def test_views_of_one_storage_in_safetensors(file: Path) -> None:

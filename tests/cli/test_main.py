@@ -295,5 +295,8 @@ def test_a_closed_output_gets_no_traceback() -> None:
 def test_a_full_disk_behind_the_output_is_status_6() -> None:
     with Path("/dev/full").open("w") as full:
         done = run_plugins(full.fileno())
-    assert done.stderr.startswith("error: standard output cannot be written: there is no room left")
+    assert done.stderr == (
+        "error: standard output cannot be written: there is no room left\n"
+        "hint: free some space where it goes to\n"
+    )
     assert done.returncode == 6
