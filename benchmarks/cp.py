@@ -116,12 +116,10 @@ def compare(
 
 
 def run(sweeps: int, tensor: Tensor, rank: int, seed: int) -> Result:
-    """The ALS of tdkit, which draws its start from the generator, mode by mode."""
-    method = Cp(sweeps=sweeps, tolerance=-math.inf)
-    prepared_spec, generator = spec(tuple(tensor.shape)), torch.Generator().manual_seed(seed)
-    seconds, stages = timed(
-        lambda: method.decompose(prepared_spec, tensor.double(), rank, generator)
-    )
+    """The ALS of tdkit, which draws its start from a generator of this seed, mode by mode."""
+    method = Cp(sweeps=sweeps, tolerance=-math.inf, start="uniform")
+    layer = spec(tuple(tensor.shape))
+    seconds, stages = timed(lambda: method.prepare(layer, tensor, seed).factors(rank))
     return judged(seconds, tensor, columns(stages))
 
 
@@ -212,7 +210,7 @@ def said(*results: Result) -> str:
 
 
 def prepared(sweeps: int, tensor: Tensor, rank: int) -> Result:
-    method = Cp(sweeps=sweeps, tolerance=-math.inf)
+    method = Cp(sweeps=sweeps, tolerance=-math.inf, start="uniform")
     layer = method.prepare(spec(tuple(tensor.shape)), tensor)
     seconds, stages = timed(lambda: layer.factors(rank))
     return judged(seconds, tensor, columns(stages))

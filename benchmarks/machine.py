@@ -28,7 +28,7 @@ from common import (
     threads,
     timed,
 )
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from tdkit.decompositions.cp import Cp
@@ -99,9 +99,10 @@ def sweep(conv: nn.Conv2d, repeats: int) -> Work:
 
 
 def als(conv: nn.Conv2d, sweeps: int) -> Callable[[], object]:
-    method, layer, weight = Cp(sweeps=sweeps, tolerance=-math.inf), spec_of(conv), wide(conv)
-    rank = method.rank(layer, KEEP)
-    return lambda: method.decompose(layer, weight, rank, torch.Generator().manual_seed(0))
+    method = Cp(sweeps=sweeps, tolerance=-math.inf, start="uniform")
+    prepared = method.prepare(spec_of(conv), conv.weight.detach())
+    rank = method.rank(spec_of(conv), KEEP)
+    return lambda: prepared.group_factors(rank)
 
 
 def higher_order_svd(conv: nn.Conv2d, repeats: int) -> Work:
@@ -115,10 +116,6 @@ def hosvd_operations(layer: LayerSpec) -> float:
     out, channels, kernel = layer.out_channels, layer.in_channels, math.prod(layer.kernel_size)
     size = out * channels * kernel
     return 2.0 * size * (out + channels) + 2.0 * size * (out + channels)
-
-
-def wide(conv: nn.Conv2d) -> Tensor:
-    return conv.weight.detach().double()
 
 
 def show_profiles(conv: nn.Conv2d) -> None:

@@ -13,10 +13,11 @@ from tensorly.tucker_tensor import tucker_to_tensor
 from torch import Tensor, nn
 
 from tdkit.decompositions.base import Prepared, count
-from tdkit.decompositions.cp import Cp
+from tdkit.decompositions.cp import STARTS, Cp, _orthogonal_terms
 from tdkit.decompositions.svd import Svd
 from tdkit.decompositions.tt import TensorTrain, size
 from tdkit.decompositions.tucker import Tucker
+from tdkit.errors import UsageError
 from tdkit.specs import spec_of
 
 RANKS = [(2, 3), (5, 4), (7, 2)]
@@ -32,6 +33,14 @@ def smooth_weight(*shape: int, seed: int = 0, decay: float = 0.5) -> Tensor:
         rotated = (left * falling @ right).reshape(weight.movedim(mode, 0).shape)
         weight = rotated.movedim(0, mode)
     return weight
+
+
+def kruskal(columns: list[Tensor]) -> Tensor:
+    """The sum of the rank-one tensors of these columns (mode size, rank)."""
+    total = columns[0]
+    for column in columns[1:]:
+        total = torch.einsum("...r,nr->...nr", total, column)
+    return total.sum(-1)
 
 
 def prepared(method: object, weight: Tensor, **options: int) -> Prepared:
@@ -150,7 +159,7 @@ def test_cp_is_as_good_as_tensorlys(rank: int) -> None:
     weight = smooth_weight(10, 8, 3, 3)
     ours, theirs = [], []
     for seed in range(5):
-        options = Cp(sweeps=100, tolerance=1e-6)
+        options = Cp(sweeps=100, tolerance=1e-6, start="uniform")
         ours.append(prepared(options, weight, seed=seed).error(rank))
         fit = parafac(
             weight.numpy(), rank, n_iter_max=100, tol=1e-6, init="random", random_state=seed
@@ -163,18 +172,59 @@ def test_cp_finds_an_exact_low_rank_tensor() -> None:
     generator = torch.Generator().manual_seed(0)
     factors = [torch.randn(n, 3, generator=generator).double() for n in (10, 8, 3, 3)]
     weight = torch.einsum("ar,br,cr,dr->abcd", *factors)
-    got = prepared(Cp(sweeps=500, tolerance=1e-9), weight)
-    assert got.error(3) < 1e-3 * got.norm
+    for start in STARTS:
+        got = prepared(Cp(sweeps=500, tolerance=1e-9, start=start), weight)
+        assert got.error(3) < 1e-3 * got.norm
 
 
+@pytest.mark.parametrize("shape", [(10, 8, 3, 3), (5, 9, 4), (4, 3, 2, 3, 2), (6, 1, 3, 3)])
+def test_the_start_of_cp_is_orthogonal_terms_the_largest_first(shape: tuple[int, ...]) -> None:
+    weight = smooth_weight(*shape)
+    columns = _orthogonal_terms(weight)
+    terms = torch.stack([kruskal([c[:, [r]] for c in columns]) for r in range(shape[0])])
+    sizes = columns[0].norm(dim=0)
+    gram = torch.einsum("a...,b...->ab", terms, terms)
+    torch.testing.assert_close(gram, sizes[: len(terms)].square().diag(), atol=1e-10, rtol=0)
+    assert bool((sizes.diff() <= 0).all())
+    for rank in (1, len(terms), columns[0].shape[1]):
+        missed = float((weight - kruskal([c[:, :rank] for c in columns])).norm())
+        assert missed == pytest.approx(float(sizes[rank:].norm()), abs=1e-12)
+
+
+def test_cp_from_the_orthogonal_start_needs_no_luck() -> None:
+    weight = smooth_weight(24, 16, 3, 3, decay=0.3)
+    calm, lucky = (Cp(sweeps=3, tolerance=0, start=start) for start in STARTS)
+    assert [calm.random, lucky.random] == [False, True]
+    for rank in (8, 30):
+        errors = {prepared(calm, weight, seed=seed).error(rank) for seed in range(3)}
+        others = [prepared(lucky, weight, seed=seed).error(rank) for seed in range(5)]
+        assert len(errors) == 1
+        assert len(set(others)) == 5
+        assert errors.pop() < min(others)
+
+
+def test_refined_cp_goes_on_from_the_same_start() -> None:
+    weight = smooth_weight(24, 16, 3, 3, decay=0.3)
+    for start in STARTS:
+        quick = prepared(Cp(sweeps=2, start=start), weight)
+        long = prepared(Cp(sweeps=100, tolerance=1e-4, start=start), weight)
+        assert quick.refined(20).error(20) == long.error(20) < quick.error(20)
+
+
+def test_an_unknown_start_of_cp_is_refused() -> None:
+    with pytest.raises(UsageError, match="unknown start 'hosvd'"):
+        Cp(start="hosvd")
+
+
+@pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
 @pytest.mark.parametrize("angle", [1e-1, 1e-4, 1e-8])
-def test_cp_stays_finite_on_near_collinear_columns(scale: float, angle: float) -> None:
+def test_cp_stays_finite_on_near_collinear_columns(scale: float, angle: float, start: str) -> None:
     generator = torch.Generator().manual_seed(0)
     factors = [torch.randn(n, 1, generator=generator).double() for n in (10, 8, 3, 3)]
     near = [f + angle * torch.randn(len(f), 4, generator=generator).double() for f in factors]
     weight = torch.einsum("ar,br,cr,dr->abcd", *near) * scale
-    got = prepared(Cp(), weight)
+    got = prepared(Cp(start=start), weight)
     first, *others = got.factors(6)
     assert all(bool(f.isfinite().all()) for f in (first, *others))
     # Diverging components would cancel each other: their norms stay near the weight's.
