@@ -109,6 +109,7 @@ class PreparedTensorTrain(Prepared):
         self._shape = _shape(self.group)
         self._hosvd = hosvd(self.weight)
         self._spectra: dict[tuple[int, int], Tensor] = {}
+        self._latest_cut: tuple[tuple[int, int], Tensor, Tensor] | None = None
 
     def best_rank(self, parameters: int) -> tuple[int, ...]:
         """The rank of least bound on the error that fits, over a grid of end and middle ranks.
@@ -165,15 +166,21 @@ class PreparedTensorTrain(Prepared):
 
     def _train(self, rank: tuple[int, ...]) -> tuple[list[Tensor], float]:
         """The inner carriages (groups, before, kernel, after), and the squared error they add."""
-        rest, carriages, lost = self._inner(rank), [], 0.0
-        for before, after, n in zip(rank, rank[1:-1], self._shape[1:], strict=False):
-            matrix = rest.reshape(self.layer.groups, before * n, -1)
-            basis = leading_basis(matrix)
-            core = basis.mT @ matrix
+        rest, carriages, lost = self._inner(rank), list[Tensor](), 0.0
+        for place, (before, after) in enumerate(pairwise(rank[:-1])):
+            matrix = rest.reshape(self.layer.groups, before * self._shape[place + 1], -1)
+            basis, core = self._first_cut(rank, matrix) if place == 0 else _in_basis(matrix)
             lost += float(core[:, after:].square().sum())
-            carriages.append(fitted(basis, after).unflatten(1, (before, n)))
+            carriages.append(fitted(basis, after).unflatten(1, (before, -1)))
             rest = fitted(core.mT, after).mT
         return [*carriages, rest.reshape(self.layer.groups, rank[-2], self._shape[-2], -1)], lost
+
+    def _first_cut(self, rank: tuple[int, ...], matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """The first inner cut, which ranks share that have the same ends."""
+        ends = (rank[0], rank[-1])
+        if self._latest_cut is None or self._latest_cut[0] != ends:
+            self._latest_cut = (ends, *_in_basis(matrix))
+        return self._latest_cut[1:]
 
     @cached_property
     def _table(self) -> _Table:
@@ -204,6 +211,12 @@ class PreparedTensorTrain(Prepared):
             (cut, sum(float(t[r]) ** 2 for t, r in zip(tails, cut, strict=True)))
             for cut in sorted(cuts)
         ]
+
+
+def _in_basis(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """An orthonormal basis by falling energy, and the matrix in it."""
+    basis = leading_basis(matrix)
+    return basis, basis.mT @ matrix
 
 
 def size(shape: Sequence[int], rank: Sequence[Any]) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -100,10 +101,13 @@ class PreparedTucker(Prepared):
         return best // squared.shape[1] + 1, best % squared.shape[1] + 1
 
     def unit_error(self, rank: Rank) -> float:
-        """From the table: with orthonormal factors, what the truncated core leaves out."""
-        if self.method.sweeps:
-            return super().unit_error(rank)
-        return math.sqrt(float(self._hosvd.squared[rank]))
+        """What the core leaves out, as the factors are orthonormal; without HOOI from the table."""
+        if not self.method.sweeps:
+            return math.sqrt(float(self._hosvd.squared[rank]))
+        total = float(self.weight.square().sum())
+        missed = total - sum(float(core.square().sum()) for _, core, _ in self._factors(rank))
+        # A small difference of large numbers has too few digits.
+        return math.sqrt(missed) if missed > 1e-8 * total else super().unit_error(rank)
 
     def refined(self, rank: Rank) -> PreparedTucker:
         """The bases of this rank improved by HOOI, from those of the HOSVD."""
@@ -118,27 +122,40 @@ class PreparedTucker(Prepared):
         """The leading bases, refined by HOOI where asked, and the core between them."""
         assert isinstance(rank, tuple)
         r_out, r_in = rank
-        cube = self.weight.flatten(3)
         basis_out = self._hosvd.basis_out[..., :r_out]
-        basis_in = self._hosvd.basis_in[..., :r_in]
         if self.method.sweeps:
-            basis_out, basis_in = self._hooi(cube, basis_out, basis_in)
-        core = project(cube, basis_out, basis_in)
+            basis_out, basis_in, core = self._hooi(basis_out, r_in)
+        else:
+            basis_in = self._hosvd.basis_in[..., :r_in]
+            core = project(self.weight.flatten(3), basis_out, basis_in)
         return [self._fold(*parts) for parts in zip(basis_in, core, basis_out, strict=True)]
 
-    def _hooi(self, cube: Tensor, basis_out: Tensor, basis_in: Tensor) -> tuple[Tensor, Tensor]:
-        """Each basis in turn the best for the other, which never lowers the kept energy."""
-        r_out, r_in = basis_out.shape[-1], basis_in.shape[-1]
-        kept = 0.0
+    def _hooi(self, basis_out: Tensor, r_in: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Each basis in turn the best for the other, which never lowers the kept energy.
+
+        The start is the sequentially truncated HOSVD (Vannieuwenhoven et al. 2012).
+        """
+        r_out, kept = basis_out.shape[-1], 0.0
+        half = _projected(self._out_last, basis_out)
+        basis_in = fitted(leading_basis(half), r_in)
         for _ in range(self.method.sweeps):
-            half = torch.einsum("gtck,gcs->gtsk", cube, basis_in)
-            basis_out = fitted(leading_basis(half.flatten(2)), r_out)
-            half = torch.einsum("gtck,gtr->gcrk", cube, basis_out)
-            basis_in = fitted(leading_basis(half.flatten(2)), r_in)
-            previous, kept = kept, float((basis_in.mT @ half.flatten(2)).square().sum())
+            basis_out = fitted(leading_basis(_projected(self._in_last, basis_in)), r_out)
+            half = _projected(self._out_last, basis_out)
+            basis_in = fitted(leading_basis(half), r_in)
+            core = basis_in.mT @ half
+            previous, kept = kept, float(core.square().sum())
             if kept - previous <= self.method.tolerance * kept:
                 break
-        return basis_out, basis_in
+        return basis_out, basis_in, core.unflatten(2, (-1, r_out)).permute(0, 3, 1, 2)
+
+    @cached_property
+    def _in_last(self) -> Tensor:
+        """(groups, out, kernel, in): a product takes the last axis without copying the rest."""
+        return self.weight.flatten(3).permute(0, 1, 3, 2).contiguous()
+
+    @cached_property
+    def _out_last(self) -> Tensor:
+        return self.weight.flatten(3).permute(0, 2, 3, 1).contiguous()
 
     def _fold(self, basis_in: Tensor, core: Tensor, basis_out: Tensor) -> Sequence[Tensor]:
         r_out, r_in = core.shape[:2]
@@ -150,3 +167,10 @@ class PreparedTucker(Prepared):
             core.reshape(middle.weight_shape),
             basis_out.reshape(last.weight_shape),
         )
+
+
+def _projected(cube: Tensor, basis: Tensor) -> Tensor:
+    """(groups, m, kernel, n) with n in a basis (groups, n, rank), as (groups, m, kernel * rank)."""
+    half = cube.flatten(1, 2) @ basis
+    wide: Tensor = half.unflatten(1, cube.shape[1:3]).flatten(2)
+    return wide

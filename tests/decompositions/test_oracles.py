@@ -272,3 +272,27 @@ def test_cp_of_a_pointwise_convolution_is_its_svd() -> None:
     got = prepared(Cp(), weight)
     for rank in (1, 4, 8, 9):
         assert got.error(rank) == pytest.approx(float(values[rank:].norm()), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(9, 8, 3, 3), (6, 5, 2, 3, 2)])
+def test_trains_that_share_their_ends_are_those_prepared_alone(shape: tuple[int, ...]) -> None:
+    weight = smooth_weight(*shape)
+    layer = spec_of((nn.Conv2d if len(shape) == 4 else nn.Conv3d)(shape[1], shape[0], shape[2:]))
+    inner = [(2,), (5,), (3,)] if len(shape) == 4 else [(2, 3), (4, 5), (3, 2)]
+    shared = TensorTrain().prepare(layer, weight)
+    for ends in ((4, 4), (5, 3)):
+        for middle in inner:
+            rank = (ends[0], *middle, ends[1])
+            alone = TensorTrain().prepare(layer, weight)
+            torch.testing.assert_close(shared.factors(rank), alone.factors(rank))
+            assert shared.error(rank) == pytest.approx(alone.error(rank), rel=1e-9)
+
+
+@pytest.mark.parametrize("small", [0.0, 1e-6, 1e-3])
+def test_the_error_of_hooi_has_its_digits_where_it_is_small(small: float) -> None:
+    first, second = smooth_weight(12, 4), smooth_weight(4, 9 * 8)
+    weight = (first @ second).unflatten(1, (8, 3, 3))
+    weight = weight + small * smooth_weight(12, 8, 3, 3, seed=1)
+    got = prepared(Tucker(sweeps=3), weight)
+    truth = float((weight - got.reconstruct((4, 8))).norm())
+    assert got.error((4, 8)) == pytest.approx(truth, rel=1e-6, abs=1e-14 * got.norm)
