@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from tdkit.calibration import (
     noise_batches,
 )
 from tdkit.candidates import Candidate, Grid, blamed, factorize, prepare, score
+from tdkit.copying import own_copy
 from tdkit.costs import macs, model_parameters
 from tdkit.decompositions.base import Decomposition, check_rank
 from tdkit.errors import UnsupportedError, UsageError
@@ -27,10 +27,8 @@ from tdkit.layers import (
     Layer,
     find_layers,
     first_line,
-    refuse_lazy,
     replace_layer,
     unknown_name,
-    unwrap,
 )
 from tdkit.metrics.base import relative
 from tdkit.planners.base import Planner
@@ -108,34 +106,6 @@ def larger_than_dense(result: Compression) -> list[str]:
         if sum(stage.parameters for stage in result.structure.get(layer.name, ()))
         > layer.parameters
     ]
-
-
-def own_copy(model: nn.Module) -> nn.Module:
-    """A copy of the plain model inside any wrapper, so that the caller's stays as it is.
-
-    Raises:
-        UnsupportedError: If the model cannot be copied, or is lazy.
-    """
-    if not isinstance(model, nn.Module):
-        raise UsageError(
-            f"a model is a torch.nn.Module, not a {type(model).__name__}",
-            "load a file with tdkit.load; a state_dict goes into its architecture first",
-        )
-    plain = unwrap(model)
-    refuse_lazy(plain)
-    _refuse_parts(plain)
-    _refuse_patched(plain)
-    try:
-        return copy.deepcopy(plain)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # a module may hold anything
-        where = f", probably because of {culprit}" if (culprit := _uncopyable(plain)) else ""
-        raise UnsupportedError(
-            f"the model cannot be copied{where}: {first_line(error)}",
-            "remove weight_norm, pruning and the like, sparse weights, and tensors kept from a"
-            " forward pass, first",
-        ) from error
 
 
 def total_cost(model: nn.Module, layers: Sequence[Layer], cost: Cost) -> int:
@@ -373,45 +343,6 @@ def _batch(inputs: Sequence[Any]) -> int | None:
 
 def _size(value: Any) -> int | None:
     return len(value) if isinstance(value, Tensor) and value.ndim else None
-
-
-def _refuse_parts(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise UnsupportedError(
-                f"{name} is a TorchScript module, which cannot be copied or run on trial",
-                "put the Python module there that it was made from",
-            )
-        if name and isinstance(module._modules.get("_orig_mod"), nn.Module):
-            raise UnsupportedError(
-                f"{name} is a compiled module", f"put its original there: {name}._orig_mod"
-            )
-    parameters = dict(model.named_parameters())
-    meta = [key for key, value in parameters.items() if value.is_meta]
-    if meta and len(meta) < len(parameters):
-        raise UnsupportedError(
-            f"{meta[0]} is on the meta device: it has no data", "load its weights first"
-        )
-
-
-def _uncopyable(model: nn.Module) -> str | None:
-    """The name of a tensor that cannot be copied as it is."""
-    for name, module in model.named_modules():
-        own = {**vars(module), **module._parameters, **module._buffers}
-        for key, value in own.items():
-            if isinstance(value, Tensor) and (value.layout != torch.strided or not value.is_leaf):
-                return f"{name}.{key}".removeprefix(".")
-    return None
-
-
-def _refuse_patched(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if isinstance(vars(module).get("forward"), FunctionType):
-            raise UnsupportedError(
-                f"the forward of {name or 'the model'} was replaced by a function, which would"
-                " still run the original in a copy",
-                "give the module its class's forward back: del module.forward",
-            )
 
 
 def refuse_closed(layers: Sequence[Layer]) -> None:

@@ -293,7 +293,7 @@ class ObjectStudy:
         """
         from torch import nn
 
-        from tdkit.compression import own_copy
+        from tdkit.copying import own_copy
         from tdkit.datasets.base import Dataset
         from tdkit.registry import load_registry
 

@@ -26,11 +26,11 @@ from tdkit.compression import (
     compress_model,
     compressed_macs,
     one_sample,
-    own_copy,
     random_inputs,
     total_cost,
     two_samples,
 )
+from tdkit.copying import own_copy
 from tdkit.costs import model_parameters
 from tdkit.decompositions.svd import Svd
 from tdkit.errors import UnsupportedError, UsageError

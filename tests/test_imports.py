@@ -22,6 +22,7 @@ LEVELS = (
     {
         "calibration",
         "candidates",
+        "copying",
         "verification",
         "latency",
         "training",
@@ -33,7 +34,7 @@ LEVELS = (
     {"compression"},
     {"reports"},
     {"study"},
-    {"opening"},
+    {"arguments", "opening"},
     {"api"},
     {"cli"},
     {"__main__"},

@@ -61,7 +61,8 @@ def score(
         parse_names,
     )
     from tdkit.cli.display import note, progress_bar, say, stdout
-    from tdkit.compression import one_sample, own_copy, refuse_closed
+    from tdkit.compression import one_sample, refuse_closed
+    from tdkit.copying import own_copy
     from tdkit.layers import find_layers
 
     registry = open_registry()
