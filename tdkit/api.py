@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from tdkit import arguments
 from tdkit.calibration import Calibration
 from tdkit.candidates import COMPRESSION_KEEPS, Grid
 from tdkit.compression import Goal, apply_plan, compress_model, random_inputs
+from tdkit.copying import check_module
 from tdkit.datasets.base import Dataset
 from tdkit.decompositions.base import Decomposition
 from tdkit.errors import UnsupportedError
@@ -30,16 +32,16 @@ def compress(
     budget: float = 0.5,
     *,
     cost: Cost = "params",
-    methods: Sequence[str] | None = None,
+    methods: str | Sequence[str] | None = None,
     metric: str = "relative-weights",
     planner: str = "greedy",
     calibration: Calibration = "noise",
-    keeps: Sequence[float] = COMPRESSION_KEEPS,
-    layers: Sequence[str] = (),
+    keeps: float | Sequence[float] = COMPRESSION_KEEPS,
+    layers: str | Sequence[str] = (),
     include_ends: bool = False,
     input_shape: Sequence[int] | None = None,
     example_inputs: Tensor | Sequence[Any] | None = None,
-    data: Sequence[Tensor | Sequence[Any]] = (),
+    data: Tensor | Sequence[Tensor | Sequence[Any]] = (),
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[nn.Module, Plan]:
@@ -67,8 +69,8 @@ def compress(
         example_inputs: Arguments of a forward pass, for models that take other things than one
             tensor of floats; a single tensor may stand for itself.
         data: Batches of model inputs, for feature metrics and to calibrate on: tensors, or
-            sequences of arguments. The first one also serves where neither a shape nor example
-            inputs are given.
+            sequences of arguments; a single tensor is one batch. The first one also serves where
+            neither a shape nor example inputs are given.
         seed: Seeds every random start.
         progress: Called with the units of scoring done and all units.
 
@@ -80,25 +82,28 @@ def compress(
         UsageError: If an option is wrong or the budget is out of reach.
         UnsupportedError: If the model cannot be copied, run or compressed.
     """
+    check_module(model)
+    batches = arguments.batches(data)
+    wanted = None if methods is None else arguments.names(methods, "methods")
     registry = load_registry()
     record = lookup(registry.metrics, metric, "metric")
     grid = Grid(
-        resolve_methods(registry, methods),
+        resolve_methods(registry, wanted),
         [record.create()],
-        tuple(keeps),
+        arguments.fractions(keeps, "keeps"),
         "best",
         seed,
-        method_limits(registry, methods),
+        method_limits(registry, wanted),
     )
     result = compress_model(
         model,
         grid,
         Goal(budget, cost, record.name, planner, calibration),
         lookup(registry.planners, planner, "planner").create(),
-        inputs=_inputs(model, input_shape, example_inputs, data),
-        batches=data,
-        calibration=data,
-        patterns=layers,
+        inputs=_inputs(model, input_shape, example_inputs, batches),
+        batches=batches,
+        calibration=batches,
+        patterns=arguments.names(layers, "layers"),
         keep_ends=not include_ends,
         progress=progress,
     )
@@ -106,30 +111,32 @@ def compress(
 
 
 def apply(
-    plan: Plan,
+    plan: Plan | str | Path,
     model: nn.Module,
     *,
     input_shape: Sequence[int] | None = None,
     example_inputs: Tensor | Sequence[Any] | None = None,
-    data: Sequence[Tensor | Sequence[Any]] = (),
+    data: Tensor | Sequence[Tensor | Sequence[Any]] = (),
 ) -> nn.Module:
     """Apply a plan to a dense model, which stays as it is.
 
     Args:
-        plan: From :func:`compress`, a file, or written by hand.
+        plan: From :func:`compress`, written by hand, or the path of a plan file.
         model: The dense model.
         input_shape: The shape of one sample; with it the result is verified.
         example_inputs: See :func:`compress`.
         data: Batches of model inputs, for a plan that is calibrated on data.
 
     Raises:
+        UnreadableFileError: If the plan file is missing or not JSON.
         UsageError: If the plan does not fit the model.
         UnsupportedError: If a layer cannot be decomposed, or breaks the model when replaced.
     """
-    registry = load_registry()
-    methods = resolve_methods(registry, sorted({move.method for move in plan.moves}))
-    inputs = _inputs(model, input_shape, example_inputs, data)
-    result = apply_plan(model, plan, methods, inputs=inputs, calibration=data)
+    wanted, batches = arguments.plan(plan), arguments.batches(data)
+    check_module(model)
+    methods = resolve_methods(load_registry(), sorted({move.method for move in wanted.moves}))
+    inputs = _inputs(model, input_shape, example_inputs, batches)
+    result = apply_plan(model, wanted, methods, inputs=inputs, calibration=batches)
     for name, reason in result.put_back.items():
         raise UnsupportedError(
             f"the layer {name!r} cannot be replaced: {reason}", "take it out of the plan"
@@ -142,7 +149,7 @@ def load(
     *,
     arch: str | None = None,
     model: nn.Module | None = None,
-    allow_classes: Sequence[str] = (),
+    allow_classes: str | Sequence[str] = (),
 ) -> nn.Module:
     """Read a model file safely, also one that tdkit wrote as a state_dict.
 
@@ -159,8 +166,8 @@ def load(
 
     if model is not None:
         return load_into(model, source).model
-    models = load_registry().models
-    return load_model(source, models=models, arch=arch, allow_classes=tuple(allow_classes)).model
+    models, allowed = load_registry().models, arguments.names(allow_classes, "allow_classes")
+    return load_model(source, models=models, arch=arch, allow_classes=allowed).model
 
 
 def validate(
@@ -169,9 +176,9 @@ def validate(
     *,
     recipe: StudyRecipe | None = None,
     run: str | Path | None = None,
-    layers: Sequence[str] | None = None,
-    methods: Sequence[str] | None = None,
-    keeps: Sequence[float] | None = None,
+    layers: str | Sequence[str] | None = None,
+    methods: str | Sequence[str] | None = None,
+    keeps: float | Sequence[float] | None = None,
     images: int | None = None,
     runs: int | None = None,
     arch: str | None = None,
@@ -222,10 +229,17 @@ def validate(
     name = type(model).__name__ if isinstance(model, nn.Module) else str(model)
     shown = data.name if isinstance(data, Dataset) else data
     base = recipe or own_study(bundled_recipe(), name, shown, f"{name} on {shown}")
-    wanted = adapted(base, layers=layers, methods=methods, keeps=keeps, images=images, runs=runs)
+    wanted = adapted(
+        base,
+        layers=None if layers is None else arguments.names(layers, "layers"),
+        methods=None if methods is None else arguments.names(methods, "methods"),
+        keeps=None if keeps is None else arguments.fractions(keeps, "keeps"),
+        images=images,
+        runs=runs,
+    )
     own = recipe is None
     suit = Suit(splits=own, batches=own, methods=own and methods is None)
-    shape = None if input_shape is None else ",".join(map(str, input_shape))
+    shape = None if input_shape is None else ",".join(map(str, arguments.shape(input_shape)))
     source = Source(name, arch=arch, input_shape=shape, device=device)
     named = NamedStudy(wanted, shown, source, suit=suit)
     objects = isinstance(model, nn.Module) or isinstance(data, Dataset)
@@ -243,14 +257,14 @@ def _inputs(
     model: nn.Module,
     shape: Sequence[int] | None,
     example: Tensor | Sequence[Any] | None,
-    data: Sequence[Tensor | Sequence[Any]] = (),
+    batches: Sequence[Tensor | Sequence[Any]],
 ) -> Sequence[Any] | None:
     """Arguments of a forward pass from whatever tells them."""
-    if example is None and shape is not None:
-        return random_inputs(model, shape)
-    if example is None and data:
-        example = data[0]
-    return [example] if isinstance(example, Tensor) else example
+    if example is not None:
+        return arguments.example(example)
+    if shape is not None:
+        return random_inputs(model, arguments.shape(shape))
+    return arguments.example(batches[0]) if batches else None
 
 
 def resolve_methods(

@@ -80,6 +80,8 @@ def lookup(records: Mapping[str, _R], name: str, kind: str) -> _R:
     Raises:
         UsageError: Naming the close names when there is no such record.
     """
+    if not isinstance(name, str):
+        raise UsageError(f"a {kind} is named by a string, not by {name!r}")
     canonical = name.strip().lower().replace("_", "-")
     record = records.get(name) or records.get(canonical)
     if record is None:

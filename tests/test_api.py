@@ -16,7 +16,7 @@ from torch.nn import functional
 import tdkit
 from tdkit import Move, Plan
 from tdkit.api import method_limits, resolve_methods
-from tdkit.errors import UnsafeFileError, UnsupportedError, UsageError
+from tdkit.errors import UnreadableFileError, UnsafeFileError, UnsupportedError, UsageError
 from tdkit.layers import find_layers
 from tdkit.registry import load_registry
 
@@ -172,6 +172,17 @@ class TestCompress:
             ({"keeps": [0]}, "keep"),
             ({"input_shape": (3, 0, 12)}, "shape"),
             ({"budget": 0.01}, "smallest reachable"),
+            ({"methods": 3}, "methods=3 is no list of names"),
+            ({"methods": ["svd", 3]}, "is no list of names"),
+            ({"layers": [2]}, r"layers=\[2\] is no list of names"),
+            ({"keeps": "0.5"}, "keeps='0.5' is no list of fractions"),
+            ({"metric": ["relative-weights"]}, "a metric is named by a string"),
+            ({"input_shape": 12}, "input_shape=12 is no shape"),
+            ({"input_shape": "3,12,12"}, "is no shape"),
+            ({"example_inputs": 12}, "are no arguments"),
+            ({"data": "toy-data"}, "data='toy-data' is no list of batches"),
+            ({"data": iter([images()])}, "<list_iterator> is no list of batches"),
+            ({"data": ["toy-data"]}, "a batch of data is a str"),
         ],
     )
     def test_wrong_options_are_refused(
@@ -179,6 +190,29 @@ class TestCompress:
     ) -> None:
         with pytest.raises(UsageError, match=reason):
             tdkit.compress(model, **options)
+
+    @pytest.mark.parametrize(
+        ("one", "listed"),
+        [
+            ({"methods": "svd"}, {"methods": ["svd"]}),
+            ({"layers": "5"}, {"layers": ["5"]}),
+            ({"keeps": 0.25}, {"keeps": [0.25]}),
+            ({"calibration": "data", "data": images(4)}, {"data": [images(4)]}),
+        ],
+    )
+    def test_one_of_a_thing_is_a_list_of_one(
+        self, model: nn.Sequential, one: dict[str, Any], listed: dict[str, Any]
+    ) -> None:
+        found, plan = tdkit.compress(model, 0.8, **one)
+        expected, same_plan = tdkit.compress(model, 0.8, **{**one, **listed})
+        assert plan == same_plan
+        assert same(found, expected)
+
+    def test_what_is_no_module_is_said_to_be_none(self) -> None:
+        with pytest.raises(UsageError, match=r"a model is a torch.nn.Module, not a str") as refused:
+            tdkit.compress("model.pt", input_shape=(3, 12, 12))  # type: ignore[arg-type]
+        assert refused.value.hint is not None
+        assert "tdkit.load" in refused.value.hint
 
     def test_inputs_that_do_not_fit_are_refused(self, model: nn.Sequential) -> None:
         with pytest.raises(UnsupportedError, match=r"does not run on an input of shape \(1, 5, 12"):
@@ -205,6 +239,24 @@ class TestApply:
         assert same(tdkit.apply(blind[1], model), blind[0])
         assert same(tdkit.apply(blind[1], model, input_shape=(3, 12, 12)), seeing[0])
 
+    def test_a_plan_may_be_the_path_of_its_file(self, model: nn.Sequential, tmp_path: Path) -> None:
+        small, plan = tdkit.compress(model, 0.4)
+        path = tmp_path / "plan.json"
+        path.write_text(json.dumps(plan.to_json()))
+        for named in (path, str(path)):
+            assert same(tdkit.apply(named, model), small)
+        with pytest.raises(UnreadableFileError, match="No such file"):
+            tdkit.apply(tmp_path / "plam.json", model)
+
+    def test_what_is_no_plan_is_refused(self, model: nn.Sequential) -> None:
+        with pytest.raises(UsageError, match="a Sequential is no plan") as refused:
+            tdkit.apply(model, Plan(()))  # type: ignore[arg-type]
+        assert refused.value.hint == (
+            "the plan comes first, then the model: tdkit.apply(plan, model)"
+        )
+        with pytest.raises(UsageError, match=r"a model is a torch.nn.Module, not a Plan"):
+            tdkit.apply(Plan(()), Plan(()), data=images())  # type: ignore[arg-type]
+
     def test_unknown_methods_are_refused(self, model: nn.Sequential) -> None:
         with pytest.raises(UsageError, match="no method named 'mine'"):
             tdkit.apply(Plan((Move("2", "mine", 3),)), model)
@@ -220,7 +272,8 @@ def test_load_takes_the_users_word_for_a_class(tmp_path: Path, monkeypatch: Any)
     torch.save(model, tmp_path / "own.pt")
     with pytest.raises(UnsafeFileError, match="not on tdkit's list"):
         tdkit.load(tmp_path / "own.pt")
-    assert same(tdkit.load(tmp_path / "own.pt", allow_classes=["word_nets:Net"]), model)
+    for allowed in (["word_nets:Net"], "word_nets:Net"):
+        assert same(tdkit.load(tmp_path / "own.pt", allow_classes=allowed), model)
 
 
 def test_load_rebuilds_what_was_saved(model: nn.Sequential, tmp_path: Path) -> None:
