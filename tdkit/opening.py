@@ -122,6 +122,11 @@ def open_dataset(
     from tdkit.registry import lookup
 
     name, colon, path = text.partition(":")
+    if name not in registry.datasets and Path(text).is_dir():
+        raise UsageError(
+            f"--data {text} is a folder, not the name of a data set",
+            f"for images in folders write --data image-folder:{text}",
+        )
     record = lookup(registry.datasets, name, "data set")
     if record.takes_path and not path:
         raise UsageError(f"{name} needs a folder", f"write it as {name}:PATH")

@@ -598,7 +598,11 @@ class TestApplyPlan:
             ([Move("22", "svd", 2)], "no layer named '22'", "close names: 2"),
             ([Move("2", "svd", 2), Move("2", "svd", 3)], "the layer '2' twice", None),
             ([Move("2", "sdv", 2)], "no method named 'sdv'", "svd"),
-            ([Move("2", "svd", (2, 2))], r"layer '2', svd: rank \(2, 2\) .* of the form", None),
+            (
+                [Move("2", "svd", (2, 2))],
+                r"layer '2', svd: rank \(2, 2\) .* one whole number,",
+                None,
+            ),
             ([Move("2", "svd", 0)], "layer '2', svd: rank 0 .* from 1 to 12", None),
             ([Move("2", "svd", 13)], "rank 13 .* from 1 to 12", None),
         ],
@@ -613,7 +617,8 @@ class TestApplyPlan:
     @pytest.mark.parametrize("rank", [2, (2,), (2, 2, 2), (0, 3), (3, 99)])
     def test_57_tucker_ranks_that_do_not_fit_are_refused(self, rank: Any) -> None:
         model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU())
-        with pytest.raises(UsageError, match="layer '0', tucker: rank"):
+        ranges = "2 whole numbers, from 1 to 6 and from 1 to 4"
+        with pytest.raises(UsageError, match=f"layer '0', tucker: rank .* must be {ranges}"):
             apply_plan(model, Plan((Move("0", "tucker", rank),)), METHODS)
 
     def test_methods_that_do_not_support_a_layer_are_refused(self) -> None:

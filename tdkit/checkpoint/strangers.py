@@ -31,6 +31,10 @@ _ADVICE = (
 )
 
 
+# Enough for the classes of any model; a hostile file may name any number.
+_MOST = 50
+
+
 def refuse_strangers(source: object, strangers: Mapping[str, str]) -> NoReturn:
     """Refuse a file for the names it uses.
 
@@ -69,5 +73,5 @@ def _how_to_allow(strangers: Mapping[str, str]) -> str:
     ]
     if not classes:
         return alone
-    options = " ".join(classes[:3]).replace(" __main__:", " YOUR_MODULE:")
+    options = " ".join(classes[:_MOST]).replace(" __main__:", " YOUR_MODULE:")
     return f"if the file and this code are yours: {options}; or {alone}"

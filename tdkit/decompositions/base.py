@@ -230,10 +230,11 @@ def check_rank(method: Decomposition, group: LayerSpec, rank: Rank) -> None:
     given, allowed = as_tuple(rank), as_tuple(largest)
     fits = isinstance(rank, int) == isinstance(largest, int) and len(given) == len(allowed)
     if not fits or any(not 1 <= r <= top for r, top in zip(given, allowed, strict=True)):
-        wanted = f"from 1 to {largest}" if fits else f"of the form of the largest, {largest}"
+        form = "one whole number" if isinstance(largest, int) else f"{len(allowed)} whole numbers"
+        ranges = " and ".join(f"from 1 to {top}" for top in allowed)
         example = list(largest) if isinstance(largest, tuple) else largest
         raise UsageError(
-            f"rank {rank} does not fit this layer: it must be {wanted}",
+            f"rank {rank} does not fit this layer: it must be {form}, {ranges}",
             f'in a plan the largest is written "rank": {example}',
         )
 

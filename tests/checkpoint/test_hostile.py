@@ -688,7 +688,16 @@ def test_every_unknown_name_is_in_one_message(file: Path) -> None:
     error = refused(
         archive(file, value), UnsafeFileError, r"mynet\.A, mynet\.blocks\.B, other\.C and 1"
     )
-    assert "--allow-class mynet:A --allow-class mynet.blocks:B" in str(error.hint)
+    options = " ".join(
+        f"--allow-class {c}" for c in ("mynet:A", "mynet.blocks:B", "other:C", "d:E")
+    )
+    assert f"if the file and this code are yours: {options}; or " in str(error.hint)
+
+
+def test_a_file_cannot_make_the_message_endless(file: Path) -> None:
+    value = several(*(name("mynet", f"A{i}") for i in range(300)))
+    error = refused(archive(file, value), UnsafeFileError, "and 297 more")
+    assert len(str(error.hint)) < 2000
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,14 @@ def test_a_model_that_cannot_be_timed_is_written_all_the_same(tdkit, odd, tmp_pa
     assert parameters(library.load(tmp_path / "small.pt", arch="odd_nets:Odd")) <= 0.9 * 468
 
 
+def test_a_folder_alone_is_no_data_set(tdkit, toy, tmp_path) -> None:
+    (tmp_path / "shapes" / "val").mkdir(parents=True)
+    done = tdkit("compress", "toy.pt", "--data", "shapes/val", "-o", "small.pt", *FAST)
+    assert done.status == 2
+    assert "hint: for images in folders write --data image-folder:shapes/val\n" in done.stderr
+    assert "is a folder" in done.stderr
+
+
 def test_images_without_labels_give_no_accuracy_and_say_so(tdkit, tmp_path) -> None:
     (tmp_path / "flat").mkdir()
     to_pil_image(torch.zeros(3, 12, 12, dtype=torch.uint8)).save(tmp_path / "flat" / "0.png")
