@@ -97,6 +97,13 @@ class Compression:
     verified: bool
     uncalibrated: str | None = None
 
+    @property
+    def calibrated(self) -> Calibration:
+        """What BatchNorm is fitted to the compressed layers on; ``none`` where there is no such."""
+        if self.uncalibrated is not None or not has_statistics(self.model):
+            return "none"
+        return self.plan.calibration
+
 
 def larger_than_dense(result: Compression) -> list[str]:
     """The layers that a plan, which a person wrote, makes larger."""

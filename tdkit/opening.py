@@ -62,11 +62,13 @@ class Opened:
         loaded: What the file held.
         model: The model on its device.
         shape: The shape of one sample; None when nothing tells it.
+        notes: What the user should know about the file and the data.
     """
 
     loaded: LoadedModel
     model: nn.Module
     shape: tuple[int, ...] | None
+    notes: tuple[str, ...]
 
     @property
     def name(self) -> str:
@@ -108,7 +110,8 @@ def open_model(source: Source, registry: Registry, dataset: Dataset | None = Non
             unsafe=source.unsafe,
         )
     shape = typed or (dataset.input_shape if dataset else None) or loaded.input_shape
-    return Opened(loaded, unwrap(loaded.model).to(device), shape)
+    notes = (*loaded.notes, *(dataset.notes if dataset else ()))
+    return Opened(loaded, unwrap(loaded.model).to(device), shape, notes)
 
 
 def open_dataset(
@@ -156,7 +159,8 @@ def open_with_data(
         size = (opened.shape[-2], opened.shape[-1])
     seed = split_seed(opened.loaded.training, source.seed % 2**63)
     dataset = open_dataset(data, registry, root, size, seed)
-    return (opened if source.input_shape else replace(opened, shape=dataset.input_shape)), dataset
+    shape = opened.shape if source.input_shape else dataset.input_shape
+    return replace(opened, shape=shape, notes=(*opened.notes, *dataset.notes)), dataset
 
 
 def image_size(source: Source, registry: Registry) -> tuple[int, int] | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ class Report:
     Attributes:
         params: Parameters of the whole model.
         macs: Multiply-accumulates of its convolutional and linear layers, per sample.
-        bytes: Size of the state_dict as a file.
+        bytes: Size of the state_dict as a file, which compares models whatever the format.
         latency: Medians of forward passes.
         untimed: Why there is no latency although there are inputs.
         accuracy: On the test split.
@@ -84,8 +86,8 @@ def summary(
     compression: Compression,
     *,
     seconds: float,
-    output: str | None,
-    plan: str | None,
+    output: Path,
+    plan: Path,
 ) -> dict[str, Any]:
     """The one JSON object that ``tdkit compress --json`` prints."""
     latency = report.latency
@@ -111,13 +113,36 @@ def summary(
         "latency": None if latency is None else _conditions(latency),
         "untimed": report.untimed,
         "verified": compression.verified,
+        "calibration": compression.calibrated,
         "uncalibrated": compression.uncalibrated,
         "put_back": dict(compression.put_back),
         "seconds": round(seconds, 3),
-        "output": output,
-        "plan": plan,
+        "output": str(output),
+        "output_bytes": output.stat().st_size,
+        "plan": str(plan),
         "moves": moves,
     }
+
+
+def near_chance(report: Report, classes: int) -> str | None:
+    """A doubt about the data where the dense model is hardly better than guessing; or None.
+
+    Args:
+        report: What was measured.
+        classes: How many classes the labels are of.
+    """
+    if report.accuracy is None or not report.images or classes < 2:
+        return None
+    accuracy, chance = report.accuracy[0], 1 / classes
+    # Two standard errors, so that a few images are not trusted too far.
+    margin = max(0.05, 2 * math.sqrt(chance * (1 - chance) / report.images))
+    if accuracy >= chance + margin:
+        return None
+    return (
+        f"the model's own accuracy, {accuracy:.2%} of {report.images:,} images, is near chance for"
+        f" {classes} classes: are the images standardised, and the classes ordered, as in its"
+        " training?"
+    )
 
 
 def _latency(

@@ -51,7 +51,7 @@ def apply(
         open_with_data,
         settle_calibration,
     )
-    from tdkit.cli.finish import Destination, finish
+    from tdkit.cli.finish import Destination, finish, plan_title
     from tdkit.cli.fitting import Finetuning, asked_for
     from tdkit.compression import apply_plan
     from tdkit.plans import read_plan
@@ -68,7 +68,7 @@ def apply(
     )
     opened, dataset = open_with_data(source, registry, data, data_root)
     check_test(opened, dataset)
-    default = f"{opened.name}-{plan.stem.removesuffix('.plan')}"
+    default = f"{opened.name}-{plan_title(plan)}"
     destination = Destination.of(opened, output, default, format, force, inputs=[model, plan])
     destination.check()
     tuning = None

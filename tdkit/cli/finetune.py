@@ -90,5 +90,5 @@ def finetune(
         for line in tuned.lines(after):
             say(line)
         say(f"wrote {destination.path} ({destination.format}), {seconds:.0f} s in all")
-    for text in opened.loaded.notes:
+    for text in opened.notes:
         note(text)

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from tdkit.specs import LayerSpec
 
 _SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "pt2": ".pt2"}
+_CALIBRATED = {
+    "data": "BatchNorm is calibrated on training images",
+    "noise": "BatchNorm is calibrated on noise",
+    "none": "no BatchNorm is calibrated",
+}
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,8 @@ class Destination:
 
     @property
     def plan(self) -> Path:
-        """The plan file beside the model."""
-        return self.path.with_name(self.path.stem + ".plan.json")
+        """The plan file beside the model, named after its whole name: formats differ at its end."""
+        return self.path.with_name(self.path.name + ".plan.json")
 
     @property
     def has_plan(self) -> bool:
@@ -86,6 +91,14 @@ class Destination:
         check_writable(self.path, force=self.force, inputs=self.inputs)
         if with_plan and not self.has_plan:
             check_writable(self.plan, force=self.force, inputs=self.inputs)
+
+
+def plan_title(path: Path) -> str:
+    """The name of a plan file without what :attr:`Destination.plan` puts there."""
+    title = path.stem.removesuffix(".plan")
+    for suffix in (".pt", ".pth", *_SUFFIXES.values()):
+        title = title.removesuffix(suffix)
+    return title
 
 
 def finish(
@@ -137,7 +150,7 @@ def _tell(
 ) -> None:
     from tdkit.cli.common import file_json
     from tdkit.cli.display import note, say, stdout, waiting
-    from tdkit.reports import measure, summary
+    from tdkit.reports import measure, near_chance, summary
 
     test = None if dataset is None else dataset.test
     with waiting("measuring"):
@@ -148,18 +161,23 @@ def _tell(
         note(report.untimed)
     if dataset is not None and report.accuracy is None:
         note(f"no accuracy: {dataset.name} has no labelled test images")
+    if dataset is not None and (doubt := near_chance(report, len(dataset.classes))) is not None:
+        note(doubt)
     if json:
         value = summary(
             report,
             result,
             seconds=time.perf_counter() - start,
-            output=str(destination.path),
-            plan=str(destination.plan),
+            output=destination.path,
+            plan=destination.plan,
         )
         stdout().out(file_json(value), end="")
     else:
         _print(result, report)
-        files = f"{destination.path} ({destination.format}), plan in {destination.plan}"
+        if result.plan.moves:
+            say(f"\n{_CALIBRATED[result.calibrated]}")
+        size = f"{destination.path.stat().st_size / 1e6:.2f} MB"
+        files = f"{destination.path} ({destination.format}, {size}), plan in {destination.plan}"
         say(f"\nwrote {files}, {time.perf_counter() - start:.0f} s in all")
     print_notes(opened, result)
 
@@ -170,7 +188,7 @@ def print_notes(opened: Opened, result: Compression) -> None:
     from tdkit.compression import larger_than_dense
     from tdkit.layers import uncounted
 
-    for text in opened.loaded.notes:
+    for text in opened.notes:
         note(text)
     for name, reason in result.put_back.items():
         note(f"{name} was put back: {reason}")
@@ -290,7 +308,7 @@ def _totals(report: Report) -> list[tuple[str, str, str, str]]:
         rows.append(("MACs per input", number(before), number(after), percent(after, before)))
     before, after = report.bytes
     sizes = f"{before / 1e6:.2f} MB", f"{after / 1e6:.2f} MB"
-    rows.append(("file size", *sizes, percent(after, before)))
+    rows.append(("file size of the state_dict", *sizes, percent(after, before)))
     if (latency := report.latency) is not None:
         dense, small = latency.milliseconds
         threads = f"{latency.threads} thread" + ("s" if latency.threads > 1 else "")

@@ -61,7 +61,7 @@ def inspect(
         _print(found, total, opened.shape)
     if (names := uncounted(found)) is not None:
         note(names)
-    for text in opened.loaded.notes:
+    for text in opened.notes:
         note(text)
 
 

@@ -109,7 +109,7 @@ def score(
         for name in grid.metrics:
             _print(candidates, name.name)
         say(f"\nwrote {path}, {len(candidates)} candidates")
-    for text in opened.loaded.notes:
+    for text in opened.notes:
         note(text)
 
 

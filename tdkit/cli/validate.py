@@ -248,7 +248,7 @@ def _run(settings: _Settings, pool: Pool | None) -> tuple[Results, Workspace]:
     with waiting("opening the model and the data"), _told_how_to_make(s.recipe.model, s.named):
         workspace, loaded = study.open(open_registry())
         asked, plan = identity(workspace), plan_trials(workspace)
-    for text in loaded.notes:
+    for text in (*loaded.notes, *workspace.dataset.notes):
         note(text)
     moved = set_aside(s.folder) if s.fresh else None
     if moved is not None:

@@ -72,6 +72,7 @@ class Dataset:
         train: Images to train on.
         validation: Images to choose by: early stopping, hyperparameters.
         test: Images to report on.
+        notes: What the user should know about how the images are prepared.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Dataset:
     train: Split | None = None
     validation: Split | None = None
     test: Split | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

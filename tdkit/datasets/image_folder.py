@@ -168,7 +168,16 @@ def create(
         MEAN,
         STD,
         _fingerprint(folder, splits),
+        notes=_notes(size) if image_size is None else (),
         **splits,
+    )
+
+
+def _notes(size: tuple[int, int]) -> tuple[str, ...]:
+    height, width = size
+    return (
+        f"nothing tells the size of the images: they are brought to {height}×{width};"
+        " --input-shape 3,H,W names another",
     )
 
 

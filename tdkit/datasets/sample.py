@@ -70,7 +70,15 @@ def create(
     contents = [tensor for pair in parts.values() for tensor in pair]
     splits = {part: TensorSplit(*pair, mean, std) for part, pair in parts.items()}
     return Dataset(
-        "fashion-mnist-sample", CLASSES, (1, 28, 28), mean, std, fingerprint(*contents), **splits
+        "fashion-mnist-sample",
+        CLASSES,
+        (1, 28, 28),
+        mean,
+        std,
+        fingerprint(*contents),
+        train=splits["train"],
+        validation=splits["validation"],
+        test=splits["test"],
     )
 
 

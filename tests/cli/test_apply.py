@@ -42,7 +42,7 @@ def test_a_dry_run_applied_is_the_compression_bit_for_bit(tdkit, toy, tmp_path, 
     assert done.status == 0
     assert_equal(weights(tmp_path / "direct.pt"), weights(tmp_path / "applied.pt"))
     # The plan beside the model does the same again.
-    assert tdkit("apply", "direct.plan.json", "toy.pt", "-o", "again.pt", *SHAPE).status == 0
+    assert tdkit("apply", "direct.pt.plan.json", "toy.pt", "-o", "again.pt", *SHAPE).status == 0
     assert_equal(weights(tmp_path / "direct.pt"), weights(tmp_path / "again.pt"))
 
 
@@ -51,7 +51,7 @@ def test_a_plan_for_random_weights_finds_the_same_weights(tdkit, tmp_path) -> No
     random = ("toy-net", "--weights", "none")
     options = ("--methods", "svd", "--seed", "4", "--batch-size", "1")
     assert tdkit("compress", *random, "-o", "one.pt", *options).status == 0
-    assert tdkit("apply", "one.plan.json", *random, "-o", "two.pt", *SHAPE).status == 0
+    assert tdkit("apply", "one.pt.plan.json", *random, "-o", "two.pt", *SHAPE).status == 0
     assert_equal(weights(tmp_path / "one.pt"), weights(tmp_path / "two.pt"))
     options = ("--methods", "svd", "--seed", "5", "--batch-size", "1")
     assert tdkit("compress", *random, "-o", "other.pt", *options).status == 0
@@ -81,22 +81,25 @@ def test_an_edited_plan_is_followed(tdkit, toy, tmp_path) -> None:
 
 def test_the_plan_is_an_input_and_stays_as_it_is(tdkit, toy, tmp_path) -> None:
     text = plan_of(("4", "svd", 3), note="mine")
-    (tmp_path / "small.plan.json").write_text(text)
-    done = tdkit("apply", "small.plan.json", "toy.pt", "-o", "small.pt", *SHAPE)
+    (tmp_path / "small.pt.plan.json").write_text(text)
+    done = tdkit("apply", "small.pt.plan.json", "toy.pt", "-o", "small.pt", *SHAPE)
     assert done.status == 0
-    assert (tmp_path / "small.plan.json").read_text() == text
-    done = tdkit("apply", "small.plan.json", "toy.pt", "-o", "small.plan.json", "--force")
+    assert (tmp_path / "small.pt.plan.json").read_text() == text
+    done = tdkit("apply", "small.pt.plan.json", "toy.pt", "-o", "small.pt.plan.json", "--force")
     assert done.status == 6
     assert "is the input itself" in done.stderr
-    assert (tmp_path / "small.plan.json").read_text() == text
+    assert (tmp_path / "small.pt.plan.json").read_text() == text
 
 
 def test_the_outputs_name_follows_model_and_plan(tdkit, toy, tmp_path) -> None:
     (tmp_path / "third.plan.json").write_text(plan_of(("4", "svd", 3)))
+    (tmp_path / "fourth-0.5.pt.plan.json").write_text(plan_of(("4", "svd", 3)))
+    assert tdkit("apply", "fourth-0.5.pt.plan.json", "toy.pt").status == 0
+    assert (tmp_path / "toy-fourth-0.5.pt").exists()
     done = tdkit("apply", "third.plan.json", "toy.pt")
     assert done.status == 0
     assert (tmp_path / "toy-third.pt").exists()
-    assert (tmp_path / "toy-third.plan.json").exists()
+    assert (tmp_path / "toy-third.pt.plan.json").exists()
     assert "not verified" in done.stderr
 
 
@@ -155,7 +158,7 @@ def test_a_plan_is_fine_tuned_as_it_is_by_compress(tdkit, toy, tmp_path) -> None
     tuning = ("--data", "toy-data", "--finetune", "2", "--learning-rate", "0.05")
     options = ("--methods", "svd", "--seed", "3", "--batch-size", "1")
     assert tdkit("compress", "toy.pt", *tuning, *options, "-o", "direct.pt").status == 0
-    applied = ("apply", "direct.plan.json", "toy.pt", *tuning, "-o", "applied.pt", *SHAPE)
+    applied = ("apply", "direct.pt.plan.json", "toy.pt", *tuning, "-o", "applied.pt", *SHAPE)
     done = tdkit(*applied, "--json")
     report = json.loads(done.stdout)
     assert report["finetuning"]["epochs"] == 2

@@ -77,10 +77,11 @@ def test_json_is_one_object_with_every_key_and_true_numbers(tdkit, toy, tmp_path
     assert 0 <= report["accuracy_after"] <= 1
     assert report["accuracy_images"] == 60
     assert min(report["latency_before_ms"], report["latency_after_ms"], report["seconds"]) > 0
-    assert (report["output"], report["plan"]) == ("small.pt", "small.plan.json")
+    assert report["output_bytes"] == (tmp_path / "small.pt").stat().st_size
+    assert (report["output"], report["plan"]) == ("small.pt", "small.pt.plan.json")
     assert report["verified"] is True
     assert report["moves"]
-    saved = json.loads((tmp_path / "small.plan.json").read_text())
+    saved = json.loads((tmp_path / "small.pt.plan.json").read_text())
     for move in report["moves"]:
         # What the module amounts to, refined for its rank; the plan has what was scored.
         assert 0 < move.pop("relative_error") <= move["errors"]["relative-weights"] + 1e-9
@@ -104,18 +105,23 @@ def test_what_was_not_measured_is_null(tdkit, toy) -> None:
 @pytest.mark.usefixtures("toy_plugin")
 def test_the_tables_tell_moves_and_totals(tdkit, toy, tmp_path) -> None:
     done = tdkit("compress", "toy.pt", "--data", "toy-data", "-o", "small.pt", *FAST)
-    plan = json.loads((tmp_path / "small.plan.json").read_text())
+    plan = json.loads((tmp_path / "small.pt.plan.json").read_text())
     lines = [line.split() for line in done.stdout.splitlines()]
     for move in plan["moves"]:
         row = [move["layer"], move["method"], str(move["rank"]), f"{move['params_before']:,}"]
         assert row in [line[:4] for line in lines]
     assert ["parameters", "3,738"] in [line[:2] for line in lines]
     assert "MACs per input" in done.stdout
-    assert "file size" in done.stdout
+    assert "file size of the state_dict" in done.stdout
+    assert "\nno BatchNorm is calibrated\n" in done.stdout
     assert "latency (batch 1, 1 thread, cpu)" in done.stdout
     assert "accuracy (60 images)" in done.stdout
-    assert "wrote small.pt (module), plan in small.plan.json" in done.stdout
-    assert done.stderr == ""
+    size = f"{(tmp_path / 'small.pt').stat().st_size / 1e6:.2f} MB"
+    assert f"wrote small.pt (module, {size}), plan in small.pt.plan.json" in done.stdout
+    # The toy has random weights.
+    assert done.stderr.startswith("note: the model's own accuracy, ")
+    assert done.stderr.count("\n") == 1
+    assert "of 60 images, is near chance for 10 classes" in done.stderr
 
 
 def test_without_a_shape_it_says_what_is_missing(tdkit, toy) -> None:
@@ -170,6 +176,51 @@ def test_a_folder_alone_is_no_data_set(tdkit, toy, tmp_path) -> None:
     assert "is a folder" in done.stderr
 
 
+@pytest.mark.usefixtures("toy_plugin")
+def test_it_says_what_batchnorm_is_calibrated_on(tdkit, tmp_path) -> None:
+    net = nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.Conv2d(8, 12, 3), nn.BatchNorm2d(12), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10),
+    )  # fmt: skip
+    torch.save(net.eval(), tmp_path / "net.pt")
+
+    def told(*options: str) -> tuple[str, str]:
+        command = ("compress", "net.pt", *options, "-o", "small.pt", "--force", *FAST)
+        shown = [line for line in tdkit(*command).stdout.splitlines() if "BatchNorm" in line]
+        return json.loads(tdkit(*command, "--json").stdout)["calibration"], *shown
+
+    assert told(*SHAPE) == ("noise", "BatchNorm is calibrated on noise")
+    data = ("--data", "toy-data")
+    assert told(*data) == ("data", "BatchNorm is calibrated on training images")
+    assert told(*data, "--calibrate", "none") == ("none", "no BatchNorm is calibrated")
+    assert told() == ("none", "no BatchNorm is calibrated")
+
+
+@pytest.mark.parametrize("size", [(), ("--input-shape", "3,12,12")])
+def test_a_size_of_images_that_nothing_tells_is_noted(tdkit, tmp_path, size) -> None:
+    (tmp_path / "val" / "a").mkdir(parents=True)
+    to_pil_image(torch.zeros(3, 12, 12, dtype=torch.uint8)).save(tmp_path / "val" / "a" / "0.png")
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.Conv2d(8, 12, 3), nn.Conv2d(12, 12, 3), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(12, 1),
+    )  # fmt: skip
+    torch.save(net.eval(), tmp_path / "net.pt")
+    data = ("--data", "image-folder:val")
+    done = tdkit("compress", "net.pt", *data, *size, "-o", "small.pt", *FAST)
+    assert done.status == 0
+    assert ("brought to 224×224; --input-shape 3,H,W names another\n" in done.stderr) is (
+        size == ()
+    )
+    assert done.stderr.count("note: ") == (not size)
+
+
+def test_two_formats_of_one_name_keep_their_own_plans(tdkit, toy, tmp_path) -> None:
+    for output, budget in (("small.pt", "0.5"), ("small.safetensors", "0.4")):
+        assert tdkit("compress", "toy.pt", "-b", budget, *SHAPE, "-o", output, *FAST).status == 0
+        plan = json.loads((tmp_path / f"{output}.plan.json").read_text())
+        assert plan["budget"] == float(budget)
+
+
 def test_images_without_labels_give_no_accuracy_and_say_so(tdkit, tmp_path) -> None:
     (tmp_path / "flat").mkdir()
     to_pil_image(torch.zeros(3, 12, 12, dtype=torch.uint8)).save(tmp_path / "flat" / "0.png")
@@ -209,17 +260,20 @@ def test_a_full_disk_behind_stdout_leaves_the_model_and_says_where(toy, tmp_path
         "error: standard output cannot be written: there is no room left\n"
         "hint: free some space where it goes to\n"
     )
-    assert files(tmp_path) == {"toy.pt", "small.pt", "small.plan.json"}
+    assert files(tmp_path) == {"toy.pt", "small.pt", "small.pt.plan.json"}
 
 
 def test_the_outputs_name_follows_model_and_budget(tdkit, toy, tmp_path) -> None:
     assert tdkit("compress", "toy.pt", "--budget", "0.40", *FAST).status == 0
-    assert files(tmp_path) == {"toy.pt", "toy-0.4.pt", "toy-0.4.plan.json"}
+    assert files(tmp_path) == {"toy.pt", "toy-0.4.pt", "toy-0.4.pt.plan.json"}
 
 
 def test_names_are_never_markup(tdkit, toy, tmp_path) -> None:
     done = tdkit("compress", "toy.pt", "-o", "a[red]:smile:b.pt", *FAST)
-    assert "wrote a[red]:smile:b.pt (module), plan in a[red]:smile:b.plan.json" in done.stdout
+    assert (
+        "wrote a[red]:smile:b.pt (module, 0.02 MB), plan in a[red]:smile:b.pt.plan.json"
+        in done.stdout
+    )
     assert (tmp_path / "a[red]:smile:b.pt").exists()
 
 
@@ -346,7 +400,7 @@ def test_what_can_be_told_before_the_work_is(
         raise AssertionError("it went to work")
 
     (tmp_path / "there.pt").write_text("mine")
-    (tmp_path / "other.plan.json").write_text("mine")
+    (tmp_path / "other.pt.plan.json").write_text("mine")
     monkeypatch.setattr("tdkit.compression.compress_model", work)
     assert tdkit("compress", "toy.pt", *arguments, *FAST).status == status
 
@@ -362,7 +416,7 @@ def test_a_file_that_another_run_wrote_meanwhile_is_kept(tdkit, toy, tmp_path, m
     assert done.status == 6
     assert "small.pt exists" in done.stderr
     assert (tmp_path / "small.pt").read_text() == "the other run's"
-    assert not (tmp_path / "small.plan.json").exists()
+    assert not (tmp_path / "small.pt.plan.json").exists()
 
 
 def test_a_plan_that_finds_no_room_takes_the_model_with_it(
@@ -374,7 +428,7 @@ def test_a_plan_that_finds_no_room_takes_the_model_with_it(
     monkeypatch.setattr(Path, "write_text", full)
     done = tdkit("compress", "toy.pt", "-o", "small.pt", *FAST)
     assert done.status == 6
-    assert "no room left to write small.plan.json" in done.stderr
+    assert "no room left to write small.pt.plan.json" in done.stderr
     assert files(tmp_path) == {"toy.pt"}
 
 
@@ -388,7 +442,7 @@ def test_a_device_that_is_not_there(tdkit, toy, tmp_path, monkeypatch) -> None:
 
 
 def test_an_existing_output_is_kept_unless_forced(tdkit, toy, tmp_path) -> None:
-    output, plan = tmp_path / "small.pt", tmp_path / "small.plan.json"
+    output, plan = tmp_path / "small.pt", tmp_path / "small.pt.plan.json"
     output.write_text("mine")
     done = tdkit("compress", "toy.pt", "-o", "small.pt", *FAST)
     assert done.status == 6
@@ -425,7 +479,7 @@ def test_a_folder_that_is_missing(tdkit, toy, tmp_path) -> None:
 def test_a_full_disk_loses_nothing(tdkit, toy, tmp_path) -> None:
     good = b"a good model" * 100
     (tmp_path / "small.pt").write_bytes(good)
-    (tmp_path / "small.plan.json").write_text("its plan")
+    (tmp_path / "small.pt.plan.json").write_text("its plan")
     before = files(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, hard))
@@ -437,7 +491,7 @@ def test_a_full_disk_loses_nothing(tdkit, toy, tmp_path) -> None:
     assert "no room left to write small.pt" in done.stderr
     assert "untouched" in done.stderr
     assert (tmp_path / "small.pt").read_bytes() == good
-    assert (tmp_path / "small.plan.json").read_text() == "its plan"
+    assert (tmp_path / "small.pt.plan.json").read_text() == "its plan"
     assert files(tmp_path) == before
 
 
@@ -498,7 +552,7 @@ def test_every_format_loads_and_computes_the_same(tdkit, toy, images, tmp_path, 
     assert not torch.equal(expected, toy(images))
     done = tdkit("compress", *source, "--format", format, "-o", f"small.{suffix}")
     assert done.status == 0
-    assert f"small.{suffix} ({format})" in done.stdout
+    assert f"small.{suffix} ({format}, " in done.stdout
     assert done.stderr == ""
     output = tmp_path / f"small.{suffix}"
     assert output.stat().st_size > 1000
@@ -717,7 +771,7 @@ def test_a_stop_while_fine_tuning_leaves_what_the_same_command_needs(
     assert done.status == 130
     assert "the same command goes on after the last epoch, from state.pt" in done.stderr
     assert not (tmp_path / "small.pt").exists()
-    assert not (tmp_path / "small.plan.json").exists()
+    assert not (tmp_path / "small.pt.plan.json").exists()
     assert tdkit(*again).status == 0
     whole = read(tmp_path / "whole.pt").state_dict()
     for name, value in read(tmp_path / "small.pt").state_dict().items():

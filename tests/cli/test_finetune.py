@@ -193,7 +193,7 @@ def test_a_compressed_model_stays_one_that_loads(tdkit, images, tmp_path, format
     small, tuned = f"small.{suffix}", f"small-finetuned.{suffix}"
     source = ("toy-net", "--weights", "none", "--methods", "svd,tucker", "--batch-size", "1")
     assert tdkit("compress", *source, "--format", format, "-o", small).status == 0
-    (tmp_path / "small-finetuned.plan.json").write_text("of no concern")
+    (tmp_path / f"{tuned}.plan.json").write_text("of no concern")
     done = tdkit("finetune", small, *FAST, "--epochs", "6", "--patience", "6")
     assert done.status == 0, done.stderr
     assert f"wrote {tuned} ({format})" in done.stdout
@@ -205,7 +205,7 @@ def test_a_compressed_model_stays_one_that_loads(tdkit, images, tmp_path, format
     assert one.plan == other.plan
     assert one.structure == other.structure != {}
     assert other.format == one.format == format
-    assert (tmp_path / "small-finetuned.plan.json").read_text() == "of no concern"
+    assert (tmp_path / f"{tuned}.plan.json").read_text() == "of no concern"
     # The next one goes on at the rate that this one ended with.
     done = tdkit("finetune", tuned, *DATA, "--epochs", "1")
     assert "note: learning rate 0.05, the last one of its training" in done.stderr

@@ -170,7 +170,7 @@ def test_a_signal_stops_with_its_status(tdkit, toy, install, tmp_path, name, sta
 @pytest.mark.parametrize("format", ["module", "safetensors"])
 def test_a_signal_while_writing_loses_nothing(tdkit, toy, tmp_path, monkeypatch, format) -> None:
     (tmp_path / "small.pt").write_text("a good model")
-    (tmp_path / "small.plan.json").write_text("its plan")
+    (tmp_path / "small.pt.plan.json").write_text("its plan")
     seen = []
 
     def slow_disk(descriptor: int) -> None:
@@ -183,7 +183,7 @@ def test_a_signal_while_writing_loses_nothing(tdkit, toy, tmp_path, monkeypatch,
     assert done.status == 143
     assert len(seen) == 1, "the signal came before the model was written"
     assert (tmp_path / "small.pt").read_text() == "a good model"
-    assert (tmp_path / "small.plan.json").read_text() == "its plan"
+    assert (tmp_path / "small.pt.plan.json").read_text() == "its plan"
 
 
 SLEEPING = """
