@@ -133,18 +133,6 @@ def find_layers(
     return _keep_ends(layers) if keep_ends else layers
 
 
-def uncounted(layers: Sequence[Layer]) -> str | None:
-    """What MACs leave out: layers whose weights the model uses without calling them, or not at all.
-
-    Attention does so; its matrices are in no MACs either.
-    """
-    names = [layer.name for layer in layers if layer.calls == () and layer.parameters]
-    if not names:
-        return None
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return f"MACs leave out what does not run as a layer of its own: {shown}"
-
-
 def replace_layer(model: nn.Module, layer: Layer, module: nn.Module) -> None:
     """Put a module where the layer is, under every name it has. Changes the model in place."""
     for path in (layer.name, *layer.aliases):

@@ -29,6 +29,7 @@ LEVELS = (
         "recipes",
         "registry",
         "testing",
+        "uncounted",
     },
     {"plans", "finetuning"},
     {"compression"},

@@ -185,8 +185,8 @@ def _tell(
 def print_notes(opened: Opened, result: Compression) -> None:
     """Tell on stderr what the user should know about the model and its compression."""
     from tdkit.cli.display import note
-    from tdkit.compression import larger_than_dense
-    from tdkit.layers import uncounted
+    from tdkit.compression import larger_than_dense, one_sample
+    from tdkit.uncounted import outside_macs, remark
 
     for text in opened.notes:
         note(text)
@@ -196,8 +196,10 @@ def print_notes(opened: Opened, result: Compression) -> None:
         note("nothing was replaced")
     for name in larger_than_dense(result):
         note(f"the plan makes the layer {name} larger")
-    if (names := uncounted(result.layers)) is not None:
-        note(names)
+    if (inputs := one_sample(opened.inputs())) is not None:
+        outside = outside_macs(opened.model, result.layers, inputs)
+        if (left_out := remark(outside, result.layers)) is not None:
+            note(left_out)
     if not result.verified:
         undone = "verified, calibrated" if result.uncalibrated else "verified"
         note(f"not {undone} or timed: that takes --input-shape, such as 3,224,224")

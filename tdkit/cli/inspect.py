@@ -38,29 +38,37 @@ def inspect(
     from tdkit.cli.display import note, stdout
     from tdkit.compression import one_sample
     from tdkit.costs import model_parameters
-    from tdkit.layers import find_layers, uncounted
+    from tdkit.layers import find_layers
+    from tdkit.uncounted import outside_macs, remark
 
     registry = open_registry()
     source = Source(model, arch, weights, allow_class or (), unsafe_load, input_shape, device)
     opened = open_model(source, registry)
     methods = resolve_methods(registry, list(registry.decompositions))
+    inputs = one_sample(opened.inputs())
     found = [
         replace(layer, reason=layer.reason or unsupported_by_all(layer, methods))
         for layer in find_layers(
             opened.model,
-            inputs=one_sample(opened.inputs()),
+            inputs=inputs,
             patterns=layers or (),
             keep_ends=not include_ends,
         )
     ]
     total = model_parameters(opened.model)
+    outside = None if inputs is None else outside_macs(opened.model, found, inputs)
     if json:
-        value = {"parameters": total, "macs": _sum_macs(found), "layers": [_row(x) for x in found]}
+        value = {
+            "parameters": total,
+            "macs": _sum_macs(found),
+            "macs_outside": outside,
+            "layers": [_row(layer) for layer in found],
+        }
         stdout().out(file_json(value), end="")
     else:
         _print(found, total, opened.shape)
-    if (names := uncounted(found)) is not None:
-        note(names)
+    if (left_out := remark(outside, found)) is not None:
+        note(left_out)
     for text in opened.notes:
         note(text)
 

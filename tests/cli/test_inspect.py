@@ -39,6 +39,18 @@ def test_the_table_says_yes_or_why_not(tdkit, toy) -> None:
     assert done.stderr == ""
 
 
+def test_attention_that_macs_leave_out_is_noted(tdkit, tmp_path) -> None:
+    model = nn.Sequential(nn.Linear(6, 16), nn.TransformerEncoderLayer(16, 4, 32, batch_first=True))
+    torch.save(model, tmp_path / "attends.pt")
+    shape = ("--input-shape", "10,6")
+    done = tdkit("inspect", "attends.pt", *shape, "--json")
+    assert json.loads(done.stdout)["macs_outside"] == 13440
+    assert done.stderr.startswith("note: MACs leave out 13,440 per input")
+    done = tdkit("compress", "attends.pt", *shape, "--budget", "1", "--batch-size", "1")
+    assert "note: MACs leave out 13,440 per input" in done.stderr
+    assert "MACs" not in tdkit("inspect", "attends.pt").stderr
+
+
 def test_a_narrow_terminal_gets_the_reasons_below_the_table(tdkit, toy, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     lines = tdkit("inspect", "toy.pt", *SHAPE).stdout.splitlines()

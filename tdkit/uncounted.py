@@ -1,0 +1,67 @@
+"""What the MACs of layers leave out: attention, and weights that something else reads directly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from tdkit.layers import Layer, copies, trial
+
+
+def outside_macs(model: nn.Module, layers: Sequence[Layer], inputs: Sequence[Any]) -> int | None:
+    """Multiply-accumulates per sample outside of convolutional and linear layers.
+
+    Args:
+        model: The model that was run.
+        layers: All its layers, with their calls.
+        inputs: Arguments of a forward pass over a single sample.
+
+    Returns:
+        torch's own count of matrix products and convolutions less that of the layers; None where
+        the model does not run under that count. Recurrent layers are in neither.
+    """
+    counter = FlopCounterMode(display=False)
+    try:
+        with trial(model), _in_plain_products(), counter:
+            model(*copies(inputs))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception:  # a model may fail in any way
+        return None
+    return max(0, counter.get_total_flops() // 2 - sum(layer.macs or 0 for layer in layers))
+
+
+def remark(macs: int | None, layers: Sequence[Layer]) -> str | None:
+    """A sentence on what the MACs of layers leave out; None where that is nothing or unknown.
+
+    Args:
+        macs: From :func:`outside_macs`.
+        layers: All layers of the model, with their calls.
+    """
+    if not macs:
+        return None
+    names = [layer.name for layer in layers if layer.calls == () and layer.parameters]
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    direct = f" and the direct use of the weights of {shown}" if names else ""
+    return (
+        f"MACs leave out {macs:,} per input that are outside of convolutional and linear layers:"
+        f" products of features, as in attention{direct}"
+    )
+
+
+@contextmanager
+def _in_plain_products() -> Iterator[None]:
+    """Attention in matrix products, which torch counts on every device."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
