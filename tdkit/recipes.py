@@ -7,7 +7,8 @@ import math
 import sys
 import types
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from tdkit.errors import UnreadableFileError, UsageError
 
@@ -16,10 +17,13 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 T = TypeVar("T")
+
+BUNDLED = Path(__file__).parent / "assets" / "recipes"
+"""The recipes that come with tdkit: studies, and the trainings of the models that they are about.
+
+In the repository it is a link to the folder ``recipes``, of which a package holds copies.
+"""
 
 
 @dataclass(frozen=True)

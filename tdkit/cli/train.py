@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file in TOML.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE",
+            help="A recipe file in TOML, or the name of one that comes with tdkit.",
+        ),
+    ],
     output: Annotated[
         Optional[Path],  # noqa: UP045 - typer reads the annotation at run time on 3.10
         typer.Option("--output", "-o", help="Where the weights go; as in the recipe if unset."),
@@ -32,20 +38,21 @@ def train(
 ) -> None:
     """Train a model, and write its best weights with a JSON file on how they were made.
 
-    Example: `tdkit train recipes/garipov-fashion-mnist.toml`
+    Example: `tdkit train garipov-fashion-mnist`
     """
-    from tdkit.cli.common import open_dataset, open_registry, pick_device
+    from tdkit.cli.common import find_recipe, open_dataset, open_registry, pick_device
     from tdkit.cli.display import say
     from tdkit.cli.fitting import Resume, check_place, fit
     from tdkit.recipes import TrainRecipe, load_recipe
     from tdkit.registry import lookup
     from tdkit.training import evaluate, initial_model
 
-    settings = load_recipe(recipe, TrainRecipe)
+    file = find_recipe(recipe)
+    settings = load_recipe(file, TrainRecipe)
     target = pick_device(device)
-    path = _writable(output or Path(settings.output), recipe, force)
+    path = _writable(output or Path(settings.output), file, force)
     if resume is not None:
-        check_place(resume, inputs=[recipe])
+        check_place(resume, inputs=[file])
     registry = open_registry()
     record = lookup(registry.models, settings.model, "model")
     height, width = record.input_shape[-2:]
@@ -62,8 +69,8 @@ def train(
         say=say,
     )
     test = evaluate(model, dataset.test, device=target) if dataset.test else None
-    provenance = _provenance(recipe, settings, dataset, target, result, test)
-    _write(path, model.cpu(), record.name, dataset, provenance, recipe, force)
+    provenance = _provenance(file, settings, dataset, target, result, test)
+    _write(path, model.cpu(), record.name, dataset, provenance, file, force)
 
 
 def _writable(path: Path, recipe: Path, force: bool) -> Path:

@@ -31,8 +31,8 @@ def validate(
         Optional[str],  # noqa: UP045 - typer reads the annotation at run time on 3.10
         typer.Argument(
             metavar="RECIPE",
-            help="A recipe file in TOML, or the name of one: quick, which is the default, is "
-            "bundled; others are looked for in recipes/.",
+            help="A recipe file in TOML, or the name of one that comes with tdkit or lies in "
+            "recipes/; quick if unset.",
         ),
     ] = None,
     model: Annotated[
@@ -161,13 +161,16 @@ class _Settings:
 
 
 def _study(text: str | None, model: str | None, data: str | None) -> _Study:
-    """The recipe, the bundled one by default; with a model of the user's a study of that."""
+    """The recipe, quick by default; with a model of the user's a study of that."""
+    from tdkit.cli.common import find_recipe
     from tdkit.opening import Suit
-    from tdkit.study.recipe import bundled_recipe, own_study
+    from tdkit.recipes import load_recipe
+    from tdkit.study.recipe import StudyRecipe, bundled_recipe, own_study
 
     runs = Path("runs")
     if text is not None:
-        path, recipe = _recipe(text)
+        path = find_recipe(text)
+        recipe = load_recipe(path, StudyRecipe)
         if model is None and data is None:
             return _Study(recipe, runs / path.stem, Suit())
         # Where numbers come from, and the paper's values, are about what the recipe names.
@@ -194,24 +197,6 @@ def _study(text: str | None, model: str | None, data: str | None) -> _Study:
         folder = runs / f"quick-{data.partition(':')[0]}"
         return _Study(recipe, folder, Suit(splits=True, batches=True))
     return _Study(recipe, runs / "quick", Suit())
-
-
-def _recipe(text: str) -> tuple[Path, StudyRecipe]:
-    """A file, or a bare name of one that is bundled or lies in the folder recipes."""
-    from tdkit.layers import unknown_name
-    from tdkit.recipes import load_recipe
-    from tdkit.study.recipe import BUNDLED, StudyRecipe
-
-    path, folders = Path(text), (BUNDLED, Path("recipes"))
-    bare = path.suffix != ".toml" and path.name == text
-    if bare and not path.is_file():
-        known = {p.stem: p for folder in folders for p in sorted(folder.glob("*.toml"))}
-        if text not in known:
-            error = unknown_name(text, list(known), "recipe, and no file,")
-            hint = "the paper's are in the folder recipes of tdkit's repository: run it there"
-            raise UsageError(str(error), f"{error.hint}; {hint}")
-        path = known[text]
-    return path, load_recipe(path, StudyRecipe)
 
 
 def _batched(recipe: StudyRecipe, batch_size: int | None) -> StudyRecipe:

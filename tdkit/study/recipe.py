@@ -5,16 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from tdkit.errors import UsageError
-from tdkit.recipes import FitRecipe, load_recipe, require
+from tdkit.recipes import BUNDLED, FitRecipe, load_recipe, require
 
 SplitName = Literal["train", "validation", "test"]
-
-BUNDLED = Path(__file__).parents[1] / "assets" / "recipes"
-"""The folder of the recipes that tdkit itself uses."""
 
 METRICS = (
     "relative-weights",

@@ -39,6 +39,17 @@ def test_training_ends_in_weights_that_compress_takes(tdkit, tmp_path) -> None:
     assert "wrote small.safetensors (safetensors)" in done.stdout
 
 
+def test_the_shipped_trainings_are_known_by_name_anywhere(tdkit, tmp_path) -> None:
+    (tmp_path / "garipov-fashion-mnist.safetensors").touch()
+    done = tdkit("train", "garipov-fashion-mnist")
+    assert done.status == 6
+    assert "garipov-fashion-mnist.safetensors exists" in done.stderr
+    done = tdkit("train", "garipov-fashion-mnits")
+    assert done.status == 2
+    assert "no recipe, and no file, named 'garipov-fashion-mnits'" in done.stderr
+    assert "close names: garipov-fashion-mnist" in done.stderr
+
+
 @pytest.mark.usefixtures("toy_plugin")
 @pytest.mark.parametrize(
     ("text", "arguments", "status", "says"),

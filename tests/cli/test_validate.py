@@ -243,6 +243,13 @@ def test_a_recipe_on_other_data_claims_nothing_about_them() -> None:
     assert other.folder != own.folder
 
 
+@pytest.mark.parametrize("name", ["quick", "iclr2023-garipov-fashion-mnist"])
+def test_the_shipped_studies_are_known_by_name_anywhere(tdkit, name) -> None:
+    done = tdkit("validate", name, "--layers", "conv9", "--data", "fashion-mnist-sample")
+    assert done.status == 2
+    assert "no layer named 'conv9'" in done.stderr
+
+
 def test_a_bare_name_is_bundled_or_in_the_folder_recipes(tdkit, recipe, tmp_path) -> None:
     (tmp_path / "recipes").mkdir()
     recipe.rename(tmp_path / "recipes" / "mine.toml")
@@ -252,9 +259,6 @@ def test_a_bare_name_is_bundled_or_in_the_folder_recipes(tdkit, recipe, tmp_path
     done = tdkit("validate", "quik")
     assert done.status == 2
     assert "quick" in done.stderr
-    done = tdkit("validate", "quick", "--layers", "conv9")
-    assert done.status == 2
-    assert "no layer named 'conv9'" in done.stderr
 
 
 def test_stopped_and_gone_on_with(tdkit, recipe, tmp_path, monkeypatch) -> None:

@@ -14,10 +14,16 @@ from torch import nn
 from tdkit.decompositions.base import as_tuple
 from tdkit.errors import UsageError
 from tdkit.opening import make_workspace
-from tdkit.recipes import OptimizerRecipe, ScheduleRecipe, TrainRecipe, load_recipe, parse_recipe
+from tdkit.recipes import (
+    BUNDLED,
+    OptimizerRecipe,
+    ScheduleRecipe,
+    TrainRecipe,
+    load_recipe,
+    parse_recipe,
+)
 from tdkit.registry import load_registry
 from tdkit.study.recipe import (
-    BUNDLED,
     METRICS,
     FinetuneRecipe,
     ImagesRecipe,
@@ -34,7 +40,7 @@ from tdkit.study.trials import plan_trials
 from tdkit.training import last_learning_rate
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = sorted([*BUNDLED.glob("*.toml"), *(ROOT / "recipes").glob("*.toml")])
+SHIPPED = sorted(BUNDLED.glob("*.toml"))
 STUDIES = [file for file in SHIPPED if "output =" not in file.read_text(encoding="utf-8")]
 
 TEXT = """
