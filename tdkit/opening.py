@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tdkit.checkpoint import LoadedModel
     from tdkit.datasets.base import Dataset
     from tdkit.decompositions.base import Decomposition
+    from tdkit.hookspecs import DecompositionRecord
     from tdkit.layers import Layer
     from tdkit.registry import Registry
     from tdkit.study.recipe import StudyRecipe
@@ -395,6 +396,7 @@ def make_workspace(
         dataset=dataset,
         recipe=recipe,
         device=next(model.parameters(), torch.empty(0)).device,
+        versions=registry.versions([*_method_records(recipe, registry).values(), *found]),
     )
 
 
@@ -415,13 +417,16 @@ def _set_layout(model: nn.Module, inputs: Sequence[Any] | None) -> None:
         model.to(memory_format=torch.contiguous_format)
 
 
-def _methods(recipe: StudyRecipe, registry: Registry) -> Mapping[str, Decomposition]:
-    """The methods by the name that the recipe gives them, with its settings."""
+def _method_records(recipe: StudyRecipe, registry: Registry) -> Mapping[str, DecompositionRecord]:
     from tdkit.registry import lookup
 
-    methods = {
-        name: lookup(registry.decompositions, name, "method").create() for name in recipe.methods
-    }
+    return {name: lookup(registry.decompositions, name, "method") for name in recipe.methods}
+
+
+def _methods(recipe: StudyRecipe, registry: Registry) -> Mapping[str, Decomposition]:
+    """The methods by the name that the recipe gives them, with its settings."""
+    records = _method_records(recipe, registry)
+    methods = {name: record.create() for name, record in records.items()}
     for option in recipe.options:
         method = methods[option.method]
         for key, value in option.settings.items():

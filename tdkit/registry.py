@@ -69,6 +69,24 @@ class Registry:
     planners: Mapping[str, PlannerRecord]
     providers: tuple[Provider, ...]
 
+    def versions(self, records: Iterable[Record]) -> dict[str, str]:
+        """The version of each plugin that some records come from, by its distribution.
+
+        The built-ins are left out: their version is tdkit's.
+        """
+        wanted = {
+            (hook, record.name)
+            for record in records
+            for hook, kind in hookspecs.HOOKS.items()
+            if isinstance(record, kind)
+        }
+        _, *plugins = self.providers  # the built-ins come first
+        return {
+            plugin.name: plugin.version
+            for plugin in plugins
+            if wanted & {(hook, name) for hook, names in plugin.provides.items() for name in names}
+        }
+
 
 class _RefusedError(Exception):
     """A plugin that breaks the contract; the message says how."""

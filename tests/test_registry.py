@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from dataclasses import replace
 from importlib.metadata import EntryPoint, distribution, version
 from typing import TYPE_CHECKING, Any
 
@@ -125,6 +126,17 @@ def test_an_installed_plugin_is_found_by_its_entry_point(install) -> None:
     assert set(registry.metrics) - set(before.metrics) == {"good-metric"}
     assert registry.models.keys() == before.models.keys()
     assert len(registry.providers) == len(before.providers) + 1
+
+
+def test_versions_are_those_of_the_plugins_that_records_come_from(install) -> None:
+    install("tdkit-good", GOOD)
+    registry = load_registry()
+    builtin = [registry.decompositions["cp"], registry.metrics["relative-weights"]]
+    assert registry.versions(builtin) == {}
+    mine = [registry.metrics["good-metric"], registry.planners["good-planner"]]
+    assert registry.versions([*builtin, *mine]) == {"tdkit-good": "1.5"}
+    # A name counts together with its kind.
+    assert registry.versions([replace(registry.models["garipov"], name="good-metric")]) == {}
 
 
 def test_an_entry_point_outside_a_distribution_goes_by_its_own_name(install, builtin) -> None:

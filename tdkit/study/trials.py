@@ -183,7 +183,11 @@ def identity(workspace: Workspace) -> dict[str, Any]:
         },
         "data": workspace.dataset.fingerprint,
         "recipe": values,
-        "versions": {"tdkit": __version__, "torch": str(torch.__version__)},
+        "versions": {
+            **workspace.versions,
+            "tdkit": __version__,
+            "torch": str(torch.__version__),
+        },
     }
     normal: dict[str, Any] = json.loads(json.dumps(result))
     return normal

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ class Workspace:
         dataset: The images.
         recipe: What is asked for.
         device: Where the model is.
+        versions: Of the plugins that methods and metrics come from, by distribution.
     """
 
     model: nn.Module
@@ -48,6 +49,7 @@ class Workspace:
     dataset: Dataset
     recipe: StudyRecipe
     device: torch.device
+    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 def baseline(workspace: Workspace) -> Baseline:

@@ -17,6 +17,7 @@ from tdkit.study.recipe import StudyRecipe, bundled_recipe
 from tdkit.study.records import Measurement
 from tdkit.study.store import read_results
 
+ROOT = Path(__file__).parents[2]
 RECIPE = """
 title = "Two layers of a toy"
 model = "toy.pt"
@@ -232,7 +233,7 @@ def test_channels_come_last_unless_the_model_views_its_features(views) -> None:
 def test_a_recipe_on_other_data_claims_nothing_about_them() -> None:
     from tdkit.cli.validate import _study
 
-    path = str(Path(__file__).parents[2] / "recipes" / "iclr2023-garipov-fashion-mnist.toml")
+    path = str(ROOT / "recipes" / "iclr2023-garipov-fashion-mnist.toml")
     own = _study(path, None, None)
     assert own.recipe.published
     assert own.recipe.notes
@@ -322,6 +323,22 @@ def test_failed_candidates_are_told_and_tried_again_when_asked(
     assert "failed" not in done.stderr
     folder = tmp_path / "runs" / "mine"
     assert not [m for m in read_results(folder).measurements if m.failure]
+
+
+def test_measurements_of_another_version_of_a_plugin_are_refused(tdkit, recipe, install) -> None:
+    source = (ROOT / "plugins/tdkit-spatial-svd/tdkit_spatial_svd.py").read_text()
+    site = install("tdkit-mine", source.replace('"spatial-svd"', '"mine"'), version="1.2")
+    mine = ("validate", "mine.toml", "--no-finetune", "--no-report", "--methods", "mine")
+    assert tdkit(*mine).status == 0
+    versions = read_results(Path("runs/mine")).identity["versions"]
+    assert versions["tdkit-mine"] == "1.2"
+    # The plugin whose data these are has their hash instead of a version.
+    assert set(versions) == {"tdkit-mine", "tdkit", "torch"}
+    metadata = site / "tdkit_mine-1.2.dist-info" / "METADATA"
+    metadata.write_text(metadata.read_text().replace("Version: 1.2", "Version: 1.3"))
+    done = tdkit(*mine)
+    assert done.status == 2
+    assert "measurements of another study:\n  versions.tdkit-mine: 1.2 → 1.3\n" in done.stderr
 
 
 def test_when_every_candidate_fails_there_is_no_report(
