@@ -173,18 +173,24 @@ def _kept_buffers(model: nn.Module) -> Iterator[None]:
             table.clear()
             table.update(before)
         for buffer, version, value in values:
-            if _version(buffer) != version or _changed_unseen(buffer, value):
+            if _version(buffer) != version:
                 buffer.copy_(value)
+            elif _can_change_unseen(buffer):
+                # Neither does this count. To look whether it is needed would be to wait for a GPU.
+                buffer.data.copy_(value)
 
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _changed_unseen(buffer: Tensor, value: Tensor) -> bool:
+def _can_change_unseen(buffer: Tensor) -> bool:
     # BatchNorm's kernels write running statistics without counting it as a new version.
     plain = buffer.is_floating_point() and buffer.layout == torch.strided and not buffer.is_meta
-    return plain and not buffer.is_inference() and not torch.equal(buffer, value)
+    if not plain or buffer.is_inference():
+        return False
+    # Nothing can be written to an expanded buffer.
+    return all(step or size < 2 for step, size in zip(buffer.stride(), buffer.shape, strict=True))
 
 
 @contextmanager

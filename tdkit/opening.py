@@ -369,6 +369,7 @@ def make_workspace(
     import torch
 
     from tdkit.compression import one_sample, random_inputs
+    from tdkit.datasets.base import kept_on
     from tdkit.layers import find_layers
     from tdkit.registry import lookup
     from tdkit.study.trials import check_data
@@ -385,6 +386,9 @@ def make_workspace(
         recipe = _with_batches(recipe, dataset)
     if suit.methods:
         recipe = _with_methods(recipe, layers, registry)
+    device = next(model.parameters(), torch.empty(0)).device
+    if device.type != "cpu":
+        dataset = kept_on(dataset, device)
     found = [lookup(registry.metrics, name, "metric") for name in recipe.metrics]
     metrics = tuple(record.create() for record in found)
     check_data(dataset, recipe, metrics)
@@ -395,7 +399,7 @@ def make_workspace(
         metrics=metrics,
         dataset=dataset,
         recipe=recipe,
-        device=next(model.parameters(), torch.empty(0)).device,
+        device=device,
         versions=registry.versions([*_method_records(recipe, registry).values(), *found]),
     )
 

@@ -436,6 +436,16 @@ def test_a_trial_restores_statistics_that_torch_changes_unseen(dtype: torch.dtyp
         assert torch.equal(buffer, before[name]), name
 
 
+def test_a_trial_leaves_versions_and_expanded_buffers_alone() -> None:
+    """What autograd has saved of a buffer stays valid."""
+    norm = nn.BatchNorm2d(3)
+    norm.register_buffer("expanded", torch.ones(1).expand(5))
+    versions = [buffer._version for buffer in norm.buffers()]
+    with trial(norm):
+        norm(torch.zeros(1, 3, 2, 2))
+    assert [buffer._version for buffer in norm.buffers()] == versions
+
+
 def test_a_trial_restores_after_an_error() -> None:
     model = Restless()
     with pytest.raises(ZeroDivisionError), trial(model, training=True):  # noqa: PT012

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -20,6 +20,9 @@ PADDING = 4
 
 VALIDATION_IMAGES = 5_000
 """Training images held back for validation (the paper's section 4.1)."""
+
+# Images of a split that are kept on a GPU.
+_KEPT_BYTES = 2**28
 
 
 class Split(Protocol):
@@ -119,7 +122,8 @@ class TensorSplit:
         if augment and generator is None:
             raise UsageError("augmentation is random and needs a torch.Generator")
         for index in batches_of(image_order(len(self), generator, limit), batch_size):
-            images = self.images[index]
+            # Images that are kept on a GPU are chosen there, without waiting for it.
+            images = self.images[index.to(self.images.device, non_blocking=True)]
             if augment and generator is not None:
                 images = crop_and_flip(images, generator)
             labels = torch.full_like(index, -1) if self.labels is None else self.labels[index]
@@ -129,6 +133,30 @@ class TensorSplit:
         """Return the images at some positions, int64 of shape (m,)."""
         labels = None if self.labels is None else self.labels[index]
         return TensorSplit(self.images[index], labels, self.mean, self.std)
+
+
+def kept_on(dataset: Dataset, device: torch.device) -> Dataset:
+    """A data set whose images are moved to a device once and for all.
+
+    Splits that are not in memory, or have more than 256 MiB of images, stay where they are; their
+    batches are moved one by one by those who use them. Labels stay on the CPU.
+
+    Args:
+        dataset: The data set, its images on the CPU.
+        device: Where they are used.
+    """
+    return replace(
+        dataset,
+        train=_kept(dataset.train, device),
+        validation=_kept(dataset.validation, device),
+        test=_kept(dataset.test, device),
+    )
+
+
+def _kept(split: Split | None, device: torch.device) -> Split | None:
+    if not isinstance(split, TensorSplit) or split.images.nbytes > _KEPT_BYTES:
+        return split
+    return replace(split, images=split.images.to(device))
 
 
 def image_order(count: int, generator: torch.Generator | None, limit: int | None) -> Tensor:
@@ -174,8 +202,10 @@ def standardise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> 
         float32 of the same shape.
     """
     pixels = images / 255 if images.dtype == torch.uint8 else images.to(torch.float32)
-    shape = (1, -1, 1, 1)
-    return (pixels - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
+    both = torch.tensor([mean, std]).to(images.device, non_blocking=True)
+    centre, width = both.view(2, 1, -1, 1, 1).unbind()
+    scaled: Tensor = (pixels - centre) / width
+    return scaled
 
 
 def crop_and_flip(images: Tensor, generator: torch.Generator, padding: int = PADDING) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -66,6 +67,9 @@ def feature_errors(
 class Watched:
     """A forward hook that compares a layer's output with those of its stand-ins.
 
+    The norms stay on the layer's device until the means are asked for, so that a GPU need not be
+    waited for in between.
+
     Args:
         name: Of the layer, for messages.
         modules: The stand-ins.
@@ -80,7 +84,10 @@ class Watched:
         self.modules = modules
         self.metrics = metrics
         self.samples = 0
-        self.sums = [dict.fromkeys((metric.name for metric in metrics), 0.0) for _ in modules]
+        # Of each batch, float64 (1 + stand-ins, samples): the features' norms, and those of the
+        # differences to each stand-in's; and how many elements the features of a sample have.
+        self._norms: list[Tensor] = []
+        self._sizes: list[int] = []
 
     def __call__(
         self, _layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
@@ -89,19 +96,28 @@ class Watched:
         if len(args) + len(kwargs) > 1:
             return  # a stand-in takes the layer's input and no options
         features = output.double().flatten(1)
-        norms = torch.linalg.vector_norm(features, dim=1)
-        if not bool(norms.isfinite().all()):
+        others = (module(*args, **kwargs).double().flatten(1) for module in self.modules)
+        vectors = (features, *(features - other for other in others))
+        norms = torch.stack([torch.linalg.vector_norm(vector, dim=1) for vector in vectors])
+        self.samples += len(features)
+        self._norms.append(norms)
+        self._sizes += [features.shape[1]] * len(features)
+
+    def means(self) -> list[dict[str, float]]:
+        """For each stand-in the mean of every metric.
+
+        Raises:
+            UnsupportedError: If the layer's features are not finite.
+        """
+        norms, *errors = torch.cat(self._norms, dim=1).tolist()
+        if not all(map(math.isfinite, norms)):
             raise UnsupportedError(
                 f"the features of {self.name!r} are not finite", "does the data hold NaN?"
             )
-        self.samples += len(features)
-        for module, sums in zip(self.modules, self.sums, strict=True):
-            stand_in = module(*args, **kwargs).double().flatten(1)
-            errors = torch.linalg.vector_norm(features - stand_in, dim=1).tolist()
-            for metric in self.metrics:
-                pairs = zip(errors, norms.tolist(), strict=True)
-                sums[metric.name] += sum(metric.value(e, n, features.shape[1]) for e, n in pairs)
-
-    def means(self) -> list[dict[str, float]]:
-        """For each stand-in the mean of every metric."""
-        return [{name: s / self.samples for name, s in sums.items()} for sums in self.sums]
+        return [
+            {
+                metric.name: sum(map(metric.value, error, norms, self._sizes)) / self.samples
+                for metric in self.metrics
+            }
+            for error in errors
+        ]

@@ -83,7 +83,7 @@ def predictions(
         for batch in batches:
             with trial(model):
                 session.measure(batch, dense=True)
-    return _joined(session.dense), session.found()
+    return _joined(session.dense).cpu(), session.found()
 
 
 def replaced_predictions(
@@ -110,7 +110,7 @@ def dense_predictions(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
             if not found:
                 _refuse_random(logits, _logits(model, batch))
             found.append(_classes(logits))
-    return _joined(found)
+    return _joined(found).cpu()
 
 
 def reason_of(error: BaseException) -> str:
@@ -167,9 +167,12 @@ class _Session:
 
     def found(self) -> list[Tensor | str]:
         """For each stand-in the predictions, on the CPU, or why there are none."""
+        good = [place for place in range(len(self._found)) if place not in self._failures]
+        # All at once, as each transfer waits for the device.
+        joined = torch.stack([_joined(self._found[place]) for place in good]).cpu() if good else ()
         return [
-            self._failures[place] if place in self._failures else _joined(found)
-            for place, found in enumerate(self._found)
+            self._failures[place] if place in self._failures else joined[good.index(place)]
+            for place in range(len(self._found))
         ]
 
     @contextmanager
@@ -583,7 +586,7 @@ def _classes(logits: Tensor) -> Tensor:
 def _joined(found: Sequence[Tensor]) -> Tensor:
     if not found:
         raise UsageError("there are no images to measure on")
-    return torch.cat(list(found)).cpu()
+    return torch.cat(list(found))
 
 
 def _refuse_random(first: Tensor, second: Tensor) -> None:

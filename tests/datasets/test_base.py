@@ -11,6 +11,7 @@ from tdkit.datasets.base import (
     crop_and_flip,
     image_order,
     in_memory_dataset,
+    kept_on,
     standardise,
     stratified_split,
     validation_size,
@@ -251,3 +252,19 @@ def test_parts_of_different_size_are_refused():
     train, test = (random_images(20, 1, 4, 4), labels), (random_images(20, 1, 5, 4), labels)
     with pytest.raises(UnreadableFileError, match="training and test images differ in size"):
         in_memory_dataset("toy", ("a", "b"), train, test, 0)
+
+
+def test_small_splits_in_memory_are_kept_on_a_device(monkeypatch):
+    monkeypatch.setattr("tdkit.datasets.base._KEPT_BYTES", 50 * 2 * 4 * 4)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (60, 2, 4, 4), generator=generator, dtype=torch.uint8)
+    part = images, torch.arange(60) % 2
+    dataset = in_memory_dataset("small", ("a", "b"), part, part, 0)
+    kept = kept_on(dataset, torch.device("meta"))
+    # 54, 6 and 60 images.
+    places = [split.images.device.type for split in (kept.train, kept.validation, kept.test)]
+    assert places == ["cpu", "meta", "cpu"]
+    assert kept.fingerprint == dataset.fingerprint
+    (pixels, labels), *_ = kept.validation.batches(4, limit=5)
+    assert (pixels.device.type, pixels.dtype, pixels.shape) == ("meta", torch.float32, (4, 2, 4, 4))
+    assert torch.equal(labels, next(dataset.validation.batches(4, limit=5))[1])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tdkit.candidates import candidate_of, factorize, prepare
 from tdkit.costs import model_parameters
@@ -469,6 +470,39 @@ def test_what_is_not_there() -> None:
         measure(workspace, [replace(TRIALS[0], layer="stem")])
     with pytest.raises(ValueError, match="one layer and one stage"):
         measure(workspace, [TRIALS[0], replace(TRIALS[0], stage="after")])
+
+
+class Waits(TorchFunctionMode):
+    """Counts the calls that wait for a GPU where there is one: those that bring values back."""
+
+    BACK = frozenset(
+        {"cpu", "item", "tolist", "numpy", "nonzero", "equal", "allclose"}
+        | {"__bool__", "__float__", "__int__", "__index__"}
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ in self.BACK:
+            self.calls.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("features", ["train", "test"])
+def test_nothing_waits_for_the_device_between_batches(features: Any) -> None:
+    def waits(batch_size: int) -> list[str]:
+        evaluation = ImagesRecipe("test", batch_size=batch_size)
+        workspace = opened(evaluation=evaluation, features=replace(evaluation, split=features))
+        with Waits() as counted:
+            found = measure(workspace, TRIALS)
+            baseline(workspace)
+        assert not [m.failure for m in found if m.failure]
+        return counted.calls
+
+    assert waits(25) == waits(5)
+    assert "cpu" in waits(25)
 
 
 def test_the_workspace_is_as_before() -> None:
