@@ -195,6 +195,12 @@ class TestProcesses:
         assert "trials under way are measured again" in said[0]
 
 
+def test_ctrl_c_does_not_reach_what_a_worker_measures() -> None:
+    """A terminal sends it to the whole group; the first process stops the others."""
+    with processes(1).executors() as executor:
+        assert executor.submit(signal.raise_signal, signal.SIGINT).exception() is None
+
+
 def copied(recipe):
     """Opens the tiny study from a pickle of its objects."""
     named = NamedStudy(recipe, "noise", Source("tiny"))

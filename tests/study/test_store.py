@@ -151,6 +151,33 @@ def test_a_reader_sees_all_of_a_transaction_or_nothing(tmp_path) -> None:
     assert all(count % 10 == 0 for count in seen)
 
 
+def test_nothing_changes_between_the_tables_that_a_reader_reads(tmp_path, monkeypatch) -> None:
+    from tdkit.study import store as module
+
+    full(tmp_path)
+    real, refused = module._identity, []
+
+    def meddling(connection):
+        """Another recipe with another plan comes, half way through."""
+        other = sqlite3.connect(tmp_path / FILE, timeout=0)
+        try:
+            with other:
+                other.execute("UPDATE study SET recipe = 'another'")
+                other.execute("DELETE FROM plan")
+        except sqlite3.OperationalError as error:
+            refused.append(str(error))
+        finally:
+            other.close()
+        return real(connection)
+
+    monkeypatch.setattr(module, "_identity", meddling)
+    found = read_results(tmp_path)
+    assert found.recipe == "title = 'x'"
+    assert [m.trial for m in found.measurements] == list(PLAN)
+    assert found.planned == len(PLAN)
+    assert refused == ["database is locked"]
+
+
 class TestNothingTwice:
     def test_a_measurement_that_is_there_stays(self, tmp_path) -> None:
         first = tiny_study.made_up(PLAN[0])
