@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,8 +96,9 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
-def start(tmp_path: Path, install: Callable[..., Path]) -> Start:
+def start(tmp_path: Path, install: Callable[..., Path]) -> Iterator[Start]:
     """Start ``tdkit validate slow.toml`` in a process group of its own."""
+    started: list[subprocess.Popen[str]] = []
     site = install("tdkit-slow", PLUGIN)
     (tmp_path / "slow.toml").write_text(RECIPE)
     path = os.pathsep.join([str(site), *filter(None, sys.path)])
@@ -105,7 +106,7 @@ def start(tmp_path: Path, install: Callable[..., Path]) -> Start:
 
     def start(*options: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "tdkit", "validate", "slow.toml", "--no-report"]
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [*command, *options],
             cwd=tmp_path,
             env=environment,
@@ -114,8 +115,14 @@ def start(tmp_path: Path, install: Callable[..., Path]) -> Start:
             text=True,
             start_new_session=True,
         )
+        started.append(process)
+        return process
 
-    return start
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
 
 
 def measured(folder: Path) -> list[Measurement]:
