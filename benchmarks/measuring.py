@@ -3,24 +3,30 @@
     python benchmarks/measuring.py [--model garipov] [--images 1000] [--batch-size 50]
 
 The candidates are those of the paper: its layers (Tables 2 and 4) under CP, Tucker and TT at five
-keeps, proportional ranks. Both ways see the same batches of the same images in the same process,
-layer by layer in turn, and have to predict the same classes to the last image. GaripovNet has its
-bundled weights and Fashion-MNIST's test images; ResNet-18 has random weights, and noise where
-CIFAR-10 is not found: the time is the same.
+keeps, proportional ranks. All ways see the same batches of the same images in the same process,
+layer by layer in turn. GaripovNet has its bundled weights and Fashion-MNIST's test images;
+ResNet-18 has random weights, and noise where CIFAR-10 is not found: the time is the same.
+
+Plain passes run the model as it is. A study puts channels last and replays; full passes in that
+layout tell the two apart, and a replay has to predict as they do, to the last image. "MACs allow"
+is the ratio if time went by multiply-accumulates: what comes before a layer is saved, the
+candidate and what comes after it is not.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import median
-from typing import TypeVar
 
 import torch
+from common import MIB, demand, header, options, plural, ratio, row, run_child, threads, timed
 from torch import Tensor, nn
 
 from tdkit.candidates import PAPER_KEEPS, factorize, prepare
+from tdkit.costs import macs
 from tdkit.datasets.base import Split
 from tdkit.decompositions.base import Decomposition
 from tdkit.decompositions.cp import Cp
@@ -30,8 +36,6 @@ from tdkit.errors import TdkitError
 from tdkit.layers import Layer, find_layers, replace_layer
 from tdkit.registry import load_registry
 from tdkit.study.replay import replaced_predictions
-
-T = TypeVar("T")
 
 LAYERS = {
     "garipov": ("conv2", "conv3", "conv4", "conv5", "conv6"),
@@ -51,41 +55,92 @@ DATA = {"garipov": "fashion-mnist", "resnet18-cifar": "cifar10"}
 # Their quality is of no interest here.
 METHODS: dict[str, Decomposition] = {"cp": Cp(sweeps=1), "tucker": Tucker(), "tt": TensorTrain()}
 
+# So many stand-ins of a layer share a pass in a study.
+TOGETHER = 15
+ROUNDS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """What replaces a layer, and its multiply-accumulates per image."""
+
+    module: nn.Module
+    macs: int
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Median seconds of three ways, and of how many images a replay predicts what they do."""
+
+    candidates: int
+    images: int
+    plain: float
+    full: float
+    replayed: float
+    allowed: float
+    same: int
+    same_as_plain: int
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    given = arguments()
+    if given.rounds:
+        measure_alone(given)
+        return
+    model, shape = opened(given.model)
+    batches, note = images(given, shape)
+    print(
+        f"{given.model}, {plural(sum(map(len, batches)), 'image')}{note} in batches of"
+        f" {given.batch_size} on {given.device}; {threads()}, medians of"
+        f" {plural(given.repeats, 'run')} in turn. Asked: 2.5×.\n"
+    )
+    header(
+        "layer", "candidates", "plain passes, s", "channels last, s", "replayed, s",
+        "plain : replayed", "channels last : replayed", "MACs allow",
+        "same predictions as channels last", "as plain",
+    )  # fmt: skip
+    found = [compared(model, name, batches, given.repeats) for name in LAYERS[given.model]]
+    show("all", total(found))
+    show_memory(given)
+
+
+def arguments() -> argparse.Namespace:
+    parser = options(__doc__)
     parser.add_argument("--model", choices=LAYERS, default="garipov")
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--channels-last", action="store_true", help="the layout of both ways")
-    options = parser.parse_args()
-    layout = torch.channels_last if options.channels_last else torch.contiguous_format
-    model, shape = opened(options.model)
-    model = model.eval().to(options.device).to(memory_format=layout)
-    batches = [x.to(options.device, memory_format=layout) for x in images(options, shape)]
-    layers = {layer.name: layer for layer in find_layers(model)}
-    count = sum(map(len, batches))
-    print(f"{options.model}, {count:,} images in batches of {options.batch_size}")
-    print(f"{options.device}, {torch.get_num_threads()} threads, medians of {options.repeats}\n")
-    print("| layer | candidates | full passes, s | replayed, s | ratio | same predictions |")
-    print("|---|---|---|---|---|---|")
-    full = replayed = total = 0.0
-    candidates = 0
-    for name in LAYERS[options.model]:
-        modules = stand_ins(model, layers[name])
-        seconds = compared(model, layers[name], modules, batches, options.repeats)
-        row(name, len(modules), *seconds[:2], f"{seconds[2]:,} of {len(modules) * count:,}")
-        full, replayed, total = full + seconds[0], replayed + seconds[1], total + seconds[2]
-        candidates += len(modules)
-    row("all", candidates, full, replayed, f"{total:,.0f} of {candidates * count:,}")
+    parser.add_argument("--rounds", type=int, default=0, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.quick:
+        given.images, given.batch_size, given.repeats = 8, 4, 1
+    return given
 
 
-def row(name: str, candidates: int, full: float, replayed: float, same: str) -> None:
-    ratio = full / replayed
-    cells = (name, candidates, f"{full:.2f}", f"{replayed:.2f}", f"{ratio:.2f}", same)
-    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+def show(name: str, found: Compared) -> None:
+    predictions = found.candidates * found.images
+    row(
+        name, found.candidates, f"{found.plain:.2f}", f"{found.full:.2f}", f"{found.replayed:.2f}",
+        ratio(found.plain, found.replayed), ratio(found.full, found.replayed),
+        f"{found.allowed:.1f}×", f"{found.same:,} of {predictions:,}",
+        f"{found.same_as_plain:,}",
+    )  # fmt: skip
+
+
+def total(parts: Sequence[Compared]) -> Compared:
+    full = sum(part.full for part in parts)
+    return Compared(
+        candidates=sum(part.candidates for part in parts),
+        images=parts[0].images,
+        plain=sum(part.plain for part in parts),
+        full=full,
+        replayed=sum(part.replayed for part in parts),
+        # Of passes that take equally long, what is left of each.
+        allowed=len(parts) / sum(1 / part.allowed for part in parts),
+        same=sum(part.same for part in parts),
+        same_as_plain=sum(part.same_as_plain for part in parts),
+    )
 
 
 def opened(name: str) -> tuple[nn.Module, tuple[int, ...]]:
@@ -94,17 +149,18 @@ def opened(name: str) -> tuple[nn.Module, tuple[int, ...]]:
     model = record.create()
     if "fashion-mnist" in record.weights:
         model.load_state_dict(record.weights["fashion-mnist"]())
-    return model, tuple(record.input_shape)
+    return model.eval(), tuple(record.input_shape)
 
 
-def images(options: argparse.Namespace, shape: tuple[int, ...]) -> list[Tensor]:
-    split = test_split(DATA[options.model])
-    if split is not None:
-        return [x for x, _ in split.batches(options.batch_size, limit=options.images)]
-    print(f"{DATA[options.model]} is not there: random images\n")
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(options.images, *shape, generator=generator)
-    return list(noise.split(options.batch_size))
+def images(given: argparse.Namespace, shape: tuple[int, ...]) -> tuple[list[Tensor], str]:
+    """Batches on the device, and what is to be said of them."""
+    split = test_split(DATA[given.model])
+    if split is None:
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(given.images, *shape, generator=generator)
+        return list(noise.to(given.device).split(given.batch_size)), " of noise"
+    batches = split.batches(given.batch_size, limit=given.images)
+    return [batch.to(given.device) for batch, _ in batches], f" of {DATA[given.model]}"
 
 
 def test_split(name: str) -> Split | None:
@@ -114,18 +170,60 @@ def test_split(name: str) -> Split | None:
         return None
 
 
-def stand_ins(model: nn.Module, layer: Layer) -> list[nn.Module]:
+def stand_ins(model: nn.Module, layer: Layer) -> list[StandIn]:
     """Every method at every keep."""
     module = model.get_submodule(layer.name)
-    found: list[nn.Module] = []
+    found = []
     for name, method in METHODS.items():
         prepared = prepare(layer, module, name, method, seed=0)
         if prepared is None:
             continue
         for keep in PAPER_KEEPS:
             rank = prepared.rank(keep, "proportional")
-            found.append(factorize(layer, module, prepared, rank))
+            built = factorize(layer, module, prepared, rank)
+            found.append(StandIn(built, macs(prepared.stages(rank), layer.calls or ())))
     return found
+
+
+def compared(model: nn.Module, name: str, batches: Sequence[Tensor], repeats: int) -> Compared:
+    """The three ways in turn, on the candidates of one layer; prints the layer's row."""
+    model.to(batches[0].device)
+    layers = find_layers(model, inputs=[batches[0][:1]])
+    layer = next(layer for layer in layers if layer.name == name)
+    candidates = stand_ins(model, layer)
+    modules = [candidate.module for candidate in candidates]
+    seconds: list[tuple[float, float, float]] = []
+    for _ in range(repeats):
+        with_layout(torch.contiguous_format, model, modules)
+        plain, plainly = timed(lambda: full_passes(model, layer, modules, batches))
+        with_layout(torch.channels_last, model, modules)
+        full, expected = timed(lambda: full_passes(model, layer, modules, batches))
+        replayed, found = timed(lambda: replaced_predictions(model, layer, modules, batches))
+        seconds.append((plain, full, replayed))
+    plain, full, replayed = map(median, zip(*seconds, strict=True))
+    result = Compared(
+        len(modules), sum(map(len, batches)), plain, full, replayed,
+        allowed(layers, layer, candidates), same(expected, found), same(plainly, found),
+    )  # fmt: skip
+    show(name, result)
+    return result
+
+
+def with_layout(
+    layout: torch.memory_format, model: nn.Module, stand_ins: Sequence[nn.Module]
+) -> None:
+    for module in (model, *stand_ins):
+        module.to(memory_format=layout)
+
+
+def allowed(layers: Sequence[Layer], layer: Layer, candidates: Sequence[StandIn]) -> float:
+    """Multiply-accumulates of full passes over those of replays."""
+    costs = [each.macs or 0 for each in layers]
+    place = [each.name for each in layers].index(layer.name)
+    after, others = sum(costs[place + 1 :]), sum(costs) - costs[place]
+    own = sum(candidate.macs for candidate in candidates)
+    count = len(candidates)
+    return (count * others + own) / (count * after + own)
 
 
 @torch.no_grad()
@@ -142,31 +240,38 @@ def full_passes(
     return found
 
 
-def compared(
-    model: nn.Module,
-    layer: Layer,
-    modules: Sequence[nn.Module],
-    batches: Sequence[Tensor],
-    repeats: int,
-) -> tuple[float, float, int]:
-    """Median seconds of both ways, and how many predictions are the same."""
-    full, replayed = [], []
-    expected: list[Tensor] = []
-    found: list[Tensor | str] = []
-    for _ in range(repeats):
-        seconds, expected = timed(lambda: full_passes(model, layer, modules, batches))
-        full.append(seconds)
-        seconds, found = timed(lambda: replaced_predictions(model, layer, modules, batches))
-        replayed.append(seconds)
+def same(expected: Sequence[Tensor], found: Sequence[Tensor | str]) -> int:
     pairs = zip(expected, found, strict=True)
-    same = sum(int((one == other).sum()) for one, other in pairs if isinstance(other, Tensor))
-    return median(full), median(replayed), same
+    return sum(int((one == other).sum()) for one, other in pairs if isinstance(other, Tensor))
 
 
-def timed(work: Callable[[], T]) -> tuple[float, T]:
-    start = time.perf_counter()
-    result = work()
-    return time.perf_counter() - start, result
+def show_memory(given: argparse.Namespace) -> None:
+    """Peak memory of a process that measures more and more candidates of one layer."""
+    print("\n### Peak memory by the number of candidates\n")
+    print(
+        f"A process that measures the candidates of `{LAYERS[given.model][0]}`, {TOGETHER} at a"
+        " time as a study does. Asked: independent of their number.\n"
+    )
+    header("candidates", "peak memory, MiB")
+    for rounds in ROUNDS[:2] if given.quick else ROUNDS:
+        command = [
+            sys.executable, __file__, "--model", given.model, "--device", given.device,
+            "--images", "100", "--batch-size", str(given.batch_size), "--rounds", str(rounds),
+        ]  # fmt: skip
+        usage = demand(run_child(command), "measuring alone")
+        row(rounds * TOGETHER, f"{usage.peak_bytes / MIB:,.0f}")
+
+
+def measure_alone(given: argparse.Namespace) -> None:
+    """The child process: round after round of a layer's candidates, each built anew."""
+    model, shape = opened(given.model)
+    batches, _ = images(given, shape)
+    model.to(given.device, memory_format=torch.channels_last)
+    layers = find_layers(model, inputs=[batches[0][:1]])
+    layer = next(layer for layer in layers if layer.name == LAYERS[given.model][0])
+    for _ in range(given.rounds):
+        modules = [candidate.module for candidate in stand_ins(model, layer)]
+        replaced_predictions(model, layer, modules, batches)
 
 
 if __name__ == "__main__":
