@@ -1,4 +1,4 @@
-"""What the MACs of layers leave out: attention, and weights that something else reads directly."""
+"""What the MACs of layers leave out: attention, recurrent layers, weights read directly."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def outside_macs(model: nn.Module, layers: Sequence[Layer], inputs: Sequence[Any
 
     Returns:
         torch's own count of matrix products and convolutions less that of the layers; None where
-        the model does not run under that count. Recurrent layers are in neither.
+        the model does not run under that count. An LSTM on a CPU is in neither.
     """
     counter = FlopCounterMode(display=False)
     try:
@@ -48,10 +48,10 @@ def remark(macs: int | None, layers: Sequence[Layer]) -> str | None:
         return None
     names = [layer.name for layer in layers if layer.calls == () and layer.parameters]
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    direct = f" and the direct use of the weights of {shown}" if names else ""
+    idle = f"; not called as layers: {shown}" if names else ""
     return (
-        f"MACs leave out {macs:,} per input that are outside of convolutional and linear layers:"
-        f" products of features, as in attention{direct}"
+        f"MACs leave out {macs:,} per input that are outside of convolutional and linear layers,"
+        f" as in attention and recurrent layers{idle}"
     )
 
 

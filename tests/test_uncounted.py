@@ -71,8 +71,8 @@ def test_they_are_told_with_the_layers_that_are_read_directly() -> None:
     layers = find_layers(Products(), inputs=[value])
     text = str(remark(840, layers))
     assert text.startswith("MACs leave out 840 per input ")
-    assert text.endswith("the direct use of the weights of read")
-    assert "weights of" not in str(remark(840, find_layers(Attention(), inputs=[SEQUENCE])))
+    assert text.endswith("; not called as layers: read")
+    assert "not called" not in str(remark(840, find_layers(Attention(), inputs=[SEQUENCE])))
     assert remark(0, layers) is None
 
 
