@@ -285,11 +285,10 @@ def _write_safetensors(model: nn.Module, path: Path, text: str) -> None:
 
 def _write_onnx(model: nn.Module, path: Path, shape: tuple[int, ...]) -> None:
     with _exportable(model) as ready:
+        # From a program: given the module, the exporter may fix the batch without a word.
         program = torch.onnx.export(
-            ready,
-            (_example(ready, shape),),
+            _exported(ready, shape),
             dynamo=True,
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
             input_names=["input"],
             output_names=["output"],
             verbose=False,
@@ -300,13 +299,22 @@ def _write_onnx(model: nn.Module, path: Path, shape: tuple[int, ...]) -> None:
 
 def _write_pt2(model: nn.Module, path: Path, shape: tuple[int, ...]) -> None:
     with _exportable(model) as ready:
-        program = torch.export.export(
-            ready,
-            (_example(ready, shape),),
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-        )
+        program = _exported(ready, shape)
         with _patient(path) as handle:
             torch.export.save(program, handle)
+
+
+def _exported(model: nn.Module, shape: tuple[int, ...]) -> torch.export.ExportedProgram:
+    """The model as a program with a free batch axis."""
+    example, free = (_example(model, shape),), ({0: torch.export.Dim("batch")},)
+    try:
+        return torch.export.export(model, example, dynamic_shapes=free)
+    except Exception as error:  # whatever the tracer meets in a model
+        try:
+            # By its bytecode instead of its run: len(x) is then no constant.
+            return torch.export.export(model, example, dynamic_shapes=free, strict=True)
+        except Exception:
+            raise error from None
 
 
 @contextmanager

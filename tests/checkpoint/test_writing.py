@@ -259,6 +259,30 @@ def test_onnx(tmp_path: Path, compressed: nn.Module, batch: int) -> None:
     assert only_file(tmp_path) == ["out.onnx"]
 
 
+class Expanding(nn.Module):
+    """Puts a token before each sequence, by the batch size as a Python number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.head = nn.Parameter(torch.ones(1, 1, 8)), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.cat([self.token.expand(len(x), -1, -1), x], 1))
+
+
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
+def test_a_batch_that_the_model_reads_as_a_number_stays_free(tmp_path: Path, format: str) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    model, inputs = Expanding().eval(), torch.ones(5, 3, 8)
+    file = tmp_path / f"out.{format}"
+    save_model(model, file, format=format, input_shape=(3, 8))
+    if format == "onnx":
+        (found,) = runtime.InferenceSession(file).run(None, {"input": inputs.numpy()})
+    else:
+        found = torch.export.load(file).module()(inputs).detach()
+    torch.testing.assert_close(torch.as_tensor(found), model(inputs).detach())
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_pt2_and_the_models_own_modes(tmp_path: Path, compressed: nn.Module) -> None:
     compressed.train()
