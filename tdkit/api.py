@@ -164,10 +164,12 @@ def load(
     """
     from tdkit.checkpoint import load_into, load_model
 
+    file, allowed = arguments.source(source), arguments.names(allow_classes, "allow_classes")
     if model is not None:
-        return load_into(model, source).model
-    models, allowed = load_registry().models, arguments.names(allow_classes, "allow_classes")
-    return load_model(source, models=models, arch=arch, allow_classes=allowed).model
+        check_module(model)
+        return load_into(model, file).model
+    models = load_registry().models
+    return load_model(file, models=models, arch=arch, allow_classes=allowed).model
 
 
 def validate(

@@ -111,7 +111,21 @@ def plan(value: object) -> Plan:
         return read_plan(Path(value))
     raise UsageError(
         f"a {type(value).__name__} is no plan",
-        "the plan comes first, then the model: tdkit.apply(plan, model)",
+        "give a tdkit.Plan or the path of its file, then the model: tdkit.apply(plan, model)",
+    )
+
+
+def source(value: object) -> str | Path:
+    """What names a model.
+
+    Raises:
+        UsageError: If it is neither a string nor a path.
+    """
+    if isinstance(value, str | Path):
+        return value
+    raise UsageError(
+        f"a {type(value).__name__} does not name a model",
+        "give the path of a model file, or the name of a registered model",
     )
 
 

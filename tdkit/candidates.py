@@ -78,7 +78,7 @@ class Grid:
         limits: The largest keep of some methods, by name.
 
     Raises:
-        UsageError: If a keep is not a fraction, or the rule unknown.
+        UsageError: If a keep is not a fraction, the rule unknown, or the seed no whole number.
     """
 
     methods: Mapping[str, Decomposition]
@@ -92,6 +92,8 @@ class Grid:
         for keep in self.keeps:
             if not isinstance(keep, int | float) or not 0 < keep <= 1:
                 raise UsageError(f"the keep {keep!r} is not a fraction above 0 and at most 1")
+        if type(self.seed) is not int:
+            raise UsageError(f"the seed {self.seed!r} is not a whole number")
         if self.rule not in RANK_RULES:
             raise UsageError(f"unknown rank rule {self.rule!r}", f"it is {' or '.join(RANK_RULES)}")
 

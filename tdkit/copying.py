@@ -19,8 +19,9 @@ def check_module(model: object) -> None:
         UsageError: Saying what it is.
     """
     if not isinstance(model, nn.Module):
+        found = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise UsageError(
-            f"a model is a torch.nn.Module, not a {type(model).__name__}",
+            f"a model is a torch.nn.Module, not {found}",
             "load a file with tdkit.load; a state_dict goes into its architecture first",
         )
 

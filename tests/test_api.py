@@ -172,6 +172,7 @@ class TestCompress:
             ({"keeps": [0]}, "keep"),
             ({"input_shape": (3, 0, 12)}, "shape"),
             ({"budget": 0.01}, "smallest reachable"),
+            ({"seed": 1.5}, "the seed 1.5 is not a whole number"),
             ({"methods": 3}, "methods=3 is no list of names"),
             ({"methods": ["svd", 3]}, "is no list of names"),
             ({"layers": [2]}, r"layers=\[2\] is no list of names"),
@@ -209,7 +210,7 @@ class TestCompress:
         assert same(found, expected)
 
     def test_what_is_no_module_is_said_to_be_none(self) -> None:
-        with pytest.raises(UsageError, match=r"a model is a torch.nn.Module, not a str") as refused:
+        with pytest.raises(UsageError, match=r"a model is a torch.nn.Module, not str") as refused:
             tdkit.compress("model.pt", input_shape=(3, 12, 12))  # type: ignore[arg-type]
         assert refused.value.hint is not None
         assert "tdkit.load" in refused.value.hint
@@ -251,10 +252,9 @@ class TestApply:
     def test_what_is_no_plan_is_refused(self, model: nn.Sequential) -> None:
         with pytest.raises(UsageError, match="a Sequential is no plan") as refused:
             tdkit.apply(model, Plan(()))  # type: ignore[arg-type]
-        assert refused.value.hint == (
-            "the plan comes first, then the model: tdkit.apply(plan, model)"
-        )
-        with pytest.raises(UsageError, match=r"a model is a torch.nn.Module, not a Plan"):
+        assert refused.value.hint is not None
+        assert "then the model: tdkit.apply(plan, model)" in refused.value.hint
+        with pytest.raises(UsageError, match=r"a model is a torch.nn.Module, not Plan"):
             tdkit.apply(Plan(()), Plan(()), data=images())  # type: ignore[arg-type]
 
     def test_unknown_methods_are_refused(self, model: nn.Sequential) -> None:
@@ -274,6 +274,13 @@ def test_load_takes_the_users_word_for_a_class(tmp_path: Path, monkeypatch: Any)
         tdkit.load(tmp_path / "own.pt")
     for allowed in (["word_nets:Net"], "word_nets:Net"):
         assert same(tdkit.load(tmp_path / "own.pt", allow_classes=allowed), model)
+
+
+def test_load_refuses_what_names_no_model_and_what_is_none(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a Linear does not name a model"):
+        tdkit.load(nn.Linear(2, 2))  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="not the class Linear"):
+        tdkit.load(tmp_path / "model.pt", model=nn.Linear)  # type: ignore[arg-type]
 
 
 def test_load_rebuilds_what_was_saved(model: nn.Sequential, tmp_path: Path) -> None:
