@@ -41,14 +41,15 @@ class DecompositionRecord:
     Args:
         name: What users type after ``--methods``.
         summary: One line for ``tdkit plugins``.
-        create: Returns the :class:`~tdkit.decompositions.base.Decomposition`.
+        create: Returns the :class:`~tdkit.decompositions.base.Decomposition`. Attributes of it
+            that a study may set, such as ``sweeps``, are keywords of ``create``.
         default: The largest keep at which ``compress`` considers it without being asked, 0 for
             never. What runs slower than the layer it replaces should wait to be asked.
     """
 
     name: str
     summary: str
-    create: Callable[[], Decomposition]
+    create: Callable[..., Decomposition]
     default: float = 1.0
 
 

@@ -429,17 +429,21 @@ def _method_records(recipe: StudyRecipe, registry: Registry) -> Mapping[str, Dec
 
 def _methods(recipe: StudyRecipe, registry: Registry) -> Mapping[str, Decomposition]:
     """The methods by the name that the recipe gives them, with its settings."""
-    records = _method_records(recipe, registry)
-    methods = {name: record.create() for name, record in records.items()}
-    for option in recipe.options:
-        method = methods[option.method]
-        for key, value in option.settings.items():
-            if not hasattr(method, key):
-                raise UsageError(
-                    f"{option.method} has no setting {key!r}", "take it out of options"
-                )
-            setattr(method, key, value)
-    return methods
+    settings = {option.method: option.settings for option in recipe.options}
+    return {
+        name: _method(name, record, settings.get(name, {}))
+        for name, record in _method_records(recipe, registry).items()
+    }
+
+
+def _method(
+    name: str, record: DecompositionRecord, settings: Mapping[str, float | str]
+) -> Decomposition:
+    method = record.create()
+    for key in settings:
+        if not hasattr(method, key):
+            raise UsageError(f"{name} has no setting {key!r}", "take it out of options")
+    return record.create(**settings) if settings else method
 
 
 def _with_splits(recipe: StudyRecipe, dataset: Dataset) -> StudyRecipe:

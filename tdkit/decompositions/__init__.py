@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tdkit.hookspecs import DecompositionRecord, hookimpl
 
@@ -16,16 +16,16 @@ def _svd() -> Decomposition:
     return Svd()
 
 
-def _cp() -> Decomposition:
+def _cp(**settings: Any) -> Decomposition:
     from tdkit.decompositions.cp import Cp
 
-    return Cp()
+    return Cp(**settings)
 
 
-def _tucker() -> Decomposition:
+def _tucker(**settings: Any) -> Decomposition:
     from tdkit.decompositions.tucker import Tucker
 
-    return Tucker()
+    return Tucker(**settings)
 
 
 def _tt() -> Decomposition:

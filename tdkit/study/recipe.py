@@ -73,23 +73,28 @@ class MethodRecipe:
         method: The method's name.
         sweeps: Sweeps of HOOI (tucker) or the most sweeps of ALS (cp).
         ridge: The l2 penalty of ALS (cp).
-        tolerance: When ALS stops (cp).
+        tolerance: When ALS (cp) or HOOI (tucker) stops.
+        start: Of ALS (cp): ``uniform`` is the paper's, anew in each run; ``orthogonal`` is not
+            random.
     """
 
     method: str
     sweeps: int | None = None
     ridge: float | None = None
     tolerance: float | None = None
+    start: Literal["orthogonal", "uniform"] | None = None
 
     def __post_init__(self) -> None:
-        for key, value in self.settings.items():
-            require(key, value, value >= 0, "at least 0")
+        for key in ("sweeps", "ridge", "tolerance"):
+            value = getattr(self, key)
+            if value is not None:
+                require(key, value, value >= 0, "at least 0")
 
     @property
-    def settings(self) -> dict[str, float]:
+    def settings(self) -> dict[str, float | str]:
         """Those that are given, by name."""
-        every = {"sweeps": self.sweeps, "ridge": self.ridge, "tolerance": self.tolerance}
-        return {key: value for key, value in every.items() if value is not None}
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)[1:]}
+        return {key: value for key, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,6 +238,8 @@ def bundled_recipe(name: str = "quick") -> StudyRecipe:
 def own_study(base: StudyRecipe, model: str, data: str, title: str) -> StudyRecipe:
     """The study of a model of one's own, with what another recipe says of everything else.
 
+    Its methods are as ``compress`` scores with them, whatever settings the recipe has.
+
     Args:
         base: A recipe; what it says of its own model, such as layers, is left out.
         model: A registered name or a model file.
@@ -248,6 +255,7 @@ def own_study(base: StudyRecipe, model: str, data: str, title: str) -> StudyReci
         layers=(),
         numbers=(),
         ranks=(),
+        options=(),
         published=(),
         notes=(),
     )

@@ -37,6 +37,10 @@ images = 40
 split = "train"
 images = 20
 
+[[options]]
+method = "cp"
+start = "uniform"
+
 [finetune]
 epochs = 1
 batch_size = 10

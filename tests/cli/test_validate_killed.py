@@ -88,6 +88,7 @@ images = 20
 
 [[options]]
 method = "cp"
+start = "uniform"
 sweeps = 5
 """
 PLANNED = 3 * 3 * (12 + 1)  # three layers and keeps; cp in twelve runs and tucker in one

@@ -14,7 +14,7 @@ from torch import nn
 from tdkit.datasets.base import Dataset, in_memory_dataset
 from tdkit.opening import make_workspace
 from tdkit.registry import load_registry
-from tdkit.study.recipe import ImagesRecipe, StudyRecipe
+from tdkit.study.recipe import ImagesRecipe, MethodRecipe, StudyRecipe
 from tdkit.study.records import Baseline, Measurement, pack
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ RECIPE = StudyRecipe(
     seed=3,
     evaluation=ImagesRecipe("test", batch_size=16),
     features=ImagesRecipe("train", 20, batch_size=16),
+    options=(MethodRecipe("cp", start="uniform"),),
 )
 
 

@@ -59,7 +59,7 @@ def opened(model: nn.Module | None = None, **changes: Any) -> Workspace:
     return Workspace(
         model=model,
         layers=tuple(find_layers(model, inputs=[torch.zeros(1, 1, 8, 8)])),
-        methods={"cp": Cp(sweeps=5), "tucker": Tucker(), "tt": TensorTrain()},
+        methods={"cp": Cp(sweeps=5, start="uniform"), "tucker": Tucker(), "tt": TensorTrain()},
         metrics=(RELATIVE,),
         dataset=Dataset("grey", ("dark", "bright"), (1, 8, 8), (0.35,), (0.2,), "", **parts),
         recipe=replace(STUDY, **{"finetune": RECIPE, **changes}),

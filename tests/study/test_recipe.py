@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -148,6 +149,7 @@ class TestValidation:
             ("sweeps = 10", "sweeps = -1", r"options\.sweeps must be at least 0, not -1"),
             ("sweeps = 10", "ridge = -1", r"options\.ridge must be at least 0, not -1"),
             ("sweeps = 10", "tolerance = -1e-3", r"options\.tolerance must be at least 0"),
+            ("sweeps = 10", 'start = "zero"', r"options\.start must be one of orthogonal, unif"),
             ("sweeps = 10", "swoops = 1", r"unknown key options\.swoops"),
             ('"cp"\nsweeps', '"tt"\nsweeps', r"options\.method must be one of cp, tucker"),
             ("images = 30", "images = 1", r"finetune\.images must be at least 2, not 1"),
@@ -193,7 +195,8 @@ class TestValidation:
         assert recipe.finetune is None
 
     def test_settings_are_those_that_are_given(self) -> None:
-        assert MethodRecipe("cp", sweeps=0, ridge=1e-5).settings == {"sweeps": 0, "ridge": 1e-5}
+        given = {"sweeps": 0, "ridge": 1e-5, "start": "uniform"}
+        assert MethodRecipe("cp", **given).settings == given
         assert MethodRecipe("cp").settings == {}
 
 
@@ -369,6 +372,13 @@ def planned(recipe: StudyRecipe, model: str, channels: int = 1):
     return plan_trials(make_workspace(recipe, module, dataset, registry))
 
 
+def methods_of(recipe: StudyRecipe):
+    """The methods as a study gets them; layers and images do not matter."""
+    recipe = replace(recipe, layers=(), numbers=(), ranks=(), finetune=None)
+    model = load_registry().models["garipov"].create()
+    return make_workspace(recipe, model, tiny_study.noise(), load_registry()).methods
+
+
 def load(name: str) -> StudyRecipe:
     return load_recipe(ROOT / "recipes" / f"{name}.toml", StudyRecipe)
 
@@ -520,6 +530,42 @@ def test_the_bundled_default_is_the_issues_grid() -> None:
     assert len(trials) == 5 * 3 * 5
     assert {t.keep for t in trials} == {0.9, 0.75, 0.5, 0.25, 0.1}
     assert {t.layer for t in trials} == {f"conv{n}" for n in range(2, 7)}
+
+
+@pytest.mark.parametrize(
+    ("name", "sweeps", "tolerance"),
+    [
+        *((name, 100, 1e-8) for name in sorted(PUBLISHED)),
+        ("garipov-fashion-mnist-finetune-small", 50, 1e-4),
+        ("quick", 50, 1e-4),
+    ],
+)
+def test_cp_starts_as_in_the_paper_and_not_in_studies_of_ones_own(name, sweeps, tolerance) -> None:
+    recipe = load(name)
+    wanted = MethodRecipe("cp", sweeps=sweeps, tolerance=tolerance, start="uniform")
+    assert recipe.options == (wanted,)
+    method = methods_of(recipe)["cp"]
+    assert (method.start, method.random) == ("uniform", True)
+    assert (method.sweeps, method.tolerance, method.ridge) == (sweeps, tolerance, 1e-10)
+    own = own_study(recipe, "garipov", "noise", "mine")
+    assert vars(methods_of(own)["cp"]) == vars(load_registry().decompositions["cp"].create())
+
+
+UNCOMMENTED = re.compile(r"^# (\[\[options\]\]|[a-z]+ = \S+)$", re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_commented_lines_switch_to_the_methods_of_the_published_code(name) -> None:
+    text = (ROOT / "recipes" / f"{name}.toml").read_text(encoding="utf-8")
+    recipe = parse(UNCOMMENTED.sub(r"\1", text))
+    assert replace(recipe, options=load(name).options) == load(name)
+    assert recipe.options == (
+        MethodRecipe("cp", sweeps=100, ridge=1e-5, tolerance=1e-8, start="uniform"),
+        MethodRecipe("tucker", sweeps=100, tolerance=1e-4),
+    )
+    methods = methods_of(recipe)
+    assert methods["cp"].ridge == 1e-5
+    assert (methods["tucker"].sweeps, methods["tucker"].tolerance) == (100, 1e-4)
 
 
 def test_all_that_is_shipped_is_named_here() -> None:

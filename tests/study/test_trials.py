@@ -99,9 +99,9 @@ class TestPlan:
 
     def test_layers_come_in_the_order_of_the_recipe_and_may_be_the_ends(self) -> None:
         methods = ("svd",)
-        trials = planned(layers=("9", "4", "2", "[24]"), methods=methods)
+        trials = planned(layers=("9", "4", "2", "[24]"), methods=methods, options=())
         assert list(dict.fromkeys(t.layer for t in trials)) == ["9", "4", "2"]
-        assert {t.layer for t in planned(methods=methods)} == {"2", "4", "6"}
+        assert {t.layer for t in planned(methods=methods, options=())} == {"2", "4", "6"}
 
     def test_candidates_that_are_not_smaller_are_left_out_unless_named(self) -> None:
         rank = RankRecipe("6", "tucker", 1.0, (12, 12))
@@ -300,7 +300,7 @@ class TestIdentity:
             ),
             (
                 {"options": (MethodRecipe("cp", sweeps=9),)},
-                "recipe.options: nothing → (method cp, sweeps 9)",
+                "recipe.options: (method cp, start uniform) → (method cp, sweeps 9)",
             ),
         ],
     )

@@ -84,7 +84,7 @@ def opened(
     workspace = Workspace(
         model=model,
         layers=tuple(find_layers(model, inputs=[torch.zeros(1, 1, 7, 7, dtype=dtype)])),
-        methods={"cp": Cp(sweeps=5), "tucker": Tucker(), "tt": TensorTrain()},
+        methods={"cp": Cp(sweeps=5, start="uniform"), "tucker": Tucker(), "tt": TensorTrain()},
         metrics=METRICS,
         dataset=Dataset(
             "noise", tuple("abcd"), (1, 7, 7), (0.5,), (0.25,), "", split(30, 1), None, split(50, 2)
