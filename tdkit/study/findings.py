@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from tdkit.study.analysis import (
     ENOUGH,
@@ -167,14 +168,24 @@ def caveats(analysis: Analysis) -> list[str]:
             f"There is one run {when}, so there is no standard deviation over runs; the intervals "
             "over images and candidates remain."
         )
-    undefined = [c for c in analysis.correlations if c.undefined and c.metric in analysis.metrics]
-    if undefined:
-        reasons = listed(sorted({c.reason for c in undefined if c.reason}))
-        found.append(
-            f"τ is undefined in {counted(sum(c.undefined for c in undefined), 'comparison')} "
-            f"({reasons}); they are left out of means, not counted as 0."
-        )
+    found += _undefined(analysis)
     return [unbroken(text) for text in found]
+
+
+def _undefined(analysis: Analysis) -> Iterator[str]:
+    """In how many groups of candidates τ is undefined; a group counts once, not by each error."""
+    found = [c for c in analysis.correlations if c.undefined and c.metric in analysis.metrics]
+    if not found:
+        return
+    counts = Counter[str]()
+    for c in found:
+        counts[c.metric] += c.undefined
+    least, most = min(counts[metric] for metric in analysis.metrics), max(counts.values())
+    reasons = listed(sorted({c.reason for c in found if c.reason}))
+    yield (
+        f"τ is undefined in {'up to ' if least < most else ''}{counted(most, 'comparison')} by "
+        f"each error ({reasons}); they are left out of means, not counted as 0."
+    )
 
 
 def definitions(analysis: Analysis) -> list[tuple[str, str]]:

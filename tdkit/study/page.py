@@ -362,12 +362,12 @@ def _published(analysis: Analysis) -> Markup | None:
         name = f"{metric_name(paper.metric)}, {paper.stage}"
         beside = [f"{signed(paper.mean, 3)} ± {paper.std:.3f}"]
         if ours is None:
-            rows.append([name, *beside, "not measured", "–", "–"])
+            rows.append([name, *beside, "not measured", "–", "–", "–"])
             continue
         std = f" ± {ours.std:.3f}" if ours.std is not None else ""
-        difference = signed(ours.tau - paper.mean, 3)
-        rows.append([name, *beside, signed(ours.tau, 3) + std, between(ours, 3), difference])
-    head = ("error and stage", "published", "measured", "95 % interval", "difference")
+        measured = [signed(ours.tau, 3) + std, between(ours, 3), signed(ours.ceiling, 3)]
+        rows.append([name, *beside, *measured, signed(ours.tau - paper.mean, 3)])
+    head = ("error and stage", "published", "measured", "95 % interval", "ceiling", "difference")
     return table("Published beside measured: τ over all choices", head, rows)
 
 

@@ -10,7 +10,7 @@ import pytest
 from made_up_study import make_results
 
 from tdkit.study.analysis import Advice, Analysis, analyse
-from tdkit.study.findings import findings, listed, metric_name, percent, signed
+from tdkit.study.findings import caveats, findings, listed, metric_name, percent, signed
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,28 @@ def test_both_stages_are_said_once_where_they_agree(analysis) -> None:
     # What holds at one stage only is not said of the other.
     text = said(analysis, "From where on", with_verdicts(before, "iiiii", 0.9), after)
     assert "; after fine-tuning at keep 0.9 and 0.75 candidates" in text
+
+
+def test_a_group_without_a_tau_is_counted_once_and_not_by_each_error(analysis) -> None:
+    def told(*undefined: tuple[str, int]) -> list[str]:
+        counts = dict(undefined)
+        reason = "all performance errors are equal"
+        rest = [c for c in analysis.correlations if c.choices != "methods"]
+        groups = [
+            replace(c, undefined=counts[c.metric], reason=reason)
+            for c in analysis.correlations
+            if (c.stage, c.choices) == ("before", "methods") and counts.get(c.metric)
+        ]
+        changed = replace(analysis, correlations=(*rest, *groups))
+        return [text for text in caveats(changed) if "undefined" in text]
+
+    why = "(all performance errors are equal); they are left out of means, not counted as 0."
+    assert told() == []
+    everywhere = told(*((metric, 3) for metric in analysis.metrics))
+    assert everywhere == [f"τ\u00a0is undefined in 3 comparisons by each error {why}"]
+    assert told((analysis.metrics[0], 1)) == [
+        f"τ\u00a0is undefined in up to 1 comparison by each error {why}"
+    ]
 
 
 def test_which_error(analysis) -> None:

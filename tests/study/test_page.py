@@ -230,6 +230,19 @@ def test_undefined_is_said() -> None:
     assert "undefined: all performance errors are equal" in charts_text(analysis)
 
 
+def test_published_values_stand_beside_measured_ones_and_their_ceiling(results) -> None:
+    analysis, html = conclude(results)
+    whole = re.sub(r"<[^>]*>", "|", html).replace("\u00a0", " ")
+    head = "error and stage|published|measured|95 % interval|ceiling|difference|"
+    assert head in re.sub(r"\|+", "|", whole)
+    both = analysis.published[0]
+    assert both.measured is not None
+    low, high = both.measured.interval.low, both.measured.interval.high
+    ceiling, difference = both.measured.ceiling, both.measured.tau - both.paper.mean
+    row = f"{low:.3f} to {high:.3f}|{ceiling:.3f}|{difference:.3f}|".replace("-", "−")
+    assert row in re.sub(r"\|+", "|", whole)
+
+
 def charts_text(analysis: Analysis) -> str:
     chart = charts(analysis)[0]
     return inline(chart, chart.panels[0], "a")
