@@ -34,8 +34,9 @@ from tdkit.decompositions.tt import TensorTrain
 from tdkit.decompositions.tucker import Tucker
 from tdkit.errors import TdkitError
 from tdkit.layers import Layer, find_layers, replace_layer
+from tdkit.metrics.features import RELATIVE, Watched
 from tdkit.registry import load_registry
-from tdkit.study.replay import replaced_predictions
+from tdkit.study.replay import predictions, replaced_predictions
 
 LAYERS = {
     "garipov": ("conv2", "conv3", "conv4", "conv5", "conv6"),
@@ -249,8 +250,9 @@ def show_memory(given: argparse.Namespace) -> None:
     """Peak memory of a process that measures more and more candidates of one layer."""
     print("\n### Peak memory by the number of candidates\n")
     print(
-        f"A process that measures the candidates of `{LAYERS[given.model][0]}`, {TOGETHER} at a"
-        " time as a study does. Asked: independent of their number.\n"
+        f"A process that measures predictions and feature errors of the candidates of"
+        f" `{LAYERS[given.model][0]}`, {TOGETHER} at a time as a study does. Asked: independent of"
+        " their number.\n"
     )
     header("candidates", "peak memory, MiB")
     for rounds in ROUNDS[:2] if given.quick else ROUNDS:
@@ -271,7 +273,8 @@ def measure_alone(given: argparse.Namespace) -> None:
     layer = next(layer for layer in layers if layer.name == LAYERS[given.model][0])
     for _ in range(given.rounds):
         modules = [candidate.module for candidate in stand_ins(model, layer)]
-        replaced_predictions(model, layer, modules, batches)
+        watch = Watched(layer.name, modules, [RELATIVE])
+        predictions(model, layer, modules, batches, watch=watch)
 
 
 if __name__ == "__main__":

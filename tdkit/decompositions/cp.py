@@ -88,25 +88,22 @@ class Cp(Decomposition):
         )
 
     def prepare(self, layer: LayerSpec, weight: Tensor, seed: int = 0) -> PreparedCp:
-        """The orthogonal terms, from which every rank takes its start."""
+        """What the starts of all ranks share, if they share anything."""
         return PreparedCp(self, layer, weight, seed)
 
 
 class PreparedCp(Prepared):
-    """ALS at each rank, from a start that all ranks share."""
+    """ALS at each rank; orthogonal starts are taken from terms that all ranks share."""
 
     method: Cp
 
     def refined(self, rank: Rank) -> PreparedCp:
-        """More sweeps from the same start: no sweep enlarges the error."""
+        """More sweeps from the same start."""
         sweeps, tolerance = _REFINING
         result = copy.copy(self)
-        result.method = Cp(
-            max(sweeps, self.method.sweeps),
-            min(tolerance, self.method.tolerance),
-            self.method.ridge,
-            self.method.start,
-        )
+        result.method = copy.copy(self.method)
+        result.method.sweeps = max(sweeps, self.method.sweeps)
+        result.method.tolerance = min(tolerance, self.method.tolerance)
         result._latest = None
         return result
 

@@ -114,7 +114,8 @@ class PreparedTucker(Prepared):
         if self.method.sweeps:
             return self
         result = copy.copy(self)
-        result.method = Tucker(sweeps=_REFINING)
+        result.method = copy.copy(self.method)
+        result.method.sweeps = _REFINING
         result._latest = None
         return result
 

@@ -18,6 +18,10 @@ ABSOLUTE = Metric("absolute-features", "features", absolute)
 SCALED = Metric("scaled-features", "features", scaled)
 
 
+class NotFiniteError(UnsupportedError):
+    """A layer of the dense model gives NaN or infinity."""
+
+
 def feature_errors(
     model: nn.Module,
     stand_ins: Mapping[str, Sequence[nn.Module]],
@@ -40,8 +44,8 @@ def feature_errors(
         the data never reaches is left out.
 
     Raises:
-        UnsupportedError: If the model does not run on the data, or a layer's features are not
-            finite.
+        UnsupportedError: If the model does not run on the data.
+        NotFiniteError: If a layer's features are not finite, whatever stands in for it.
     """
     watched = {name: Watched(name, modules, metrics) for name, modules in stand_ins.items()}
     handles = [
@@ -96,22 +100,24 @@ class Watched:
         if len(args) + len(kwargs) > 1:
             return  # a stand-in takes the layer's input and no options
         features = output.double().flatten(1)
-        others = (module(*args, **kwargs).double().flatten(1) for module in self.modules)
-        vectors = (features, *(features - other for other in others))
-        norms = torch.stack([torch.linalg.vector_norm(vector, dim=1) for vector in vectors])
+        norms = [torch.linalg.vector_norm(features, dim=1)]
+        # One after the other, so that memory does not grow with their number.
+        for module in self.modules:
+            other = module(*args, **kwargs).double().flatten(1)
+            norms.append(torch.linalg.vector_norm(features - other, dim=1))
         self.samples += len(features)
-        self._norms.append(norms)
+        self._norms.append(torch.stack(norms))
         self._sizes += [features.shape[1]] * len(features)
 
     def means(self) -> list[dict[str, float]]:
         """For each stand-in the mean of every metric.
 
         Raises:
-            UnsupportedError: If the layer's features are not finite.
+            NotFiniteError: If the layer's features are not finite.
         """
         norms, *errors = torch.cat(self._norms, dim=1).tolist()
         if not all(map(math.isfinite, norms)):
-            raise UnsupportedError(
+            raise NotFiniteError(
                 f"the features of {self.name!r} are not finite", "does the data hold NaN?"
             )
         return [

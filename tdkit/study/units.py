@@ -19,7 +19,7 @@ from tdkit.decompositions.base import Decomposition, Prepared
 from tdkit.errors import UnsupportedError, UsageError
 from tdkit.layers import Layer, unknown_name
 from tdkit.metrics.base import Metric
-from tdkit.metrics.features import Watched, feature_errors
+from tdkit.metrics.features import NotFiniteError, Watched, feature_errors
 from tdkit.study.finetuning import fine_tuned
 from tdkit.study.recipe import ImagesRecipe, StudyRecipe
 from tdkit.study.records import Baseline, Measurement, Trial, pack
@@ -276,6 +276,8 @@ def _feature_errors(
     images = _Images(workspace, recipe.evaluation if _shares_images(workspace) else recipe.features)
     try:
         found = feature_errors(workspace.model, {layer.name: modules}, images, metrics)
+    except NotFiniteError as error:
+        return [reason_of(error)] * len(modules)
     except Exception as error:  # a stand-in may fail in any way
         if len(modules) == 1:
             return [reason_of(error)]
@@ -297,7 +299,10 @@ def _shares_images(workspace: Workspace) -> bool:
 def _means(watched: Watched, layer: Layer) -> Sequence[_Errors]:
     if not watched.samples:
         return [_unreached(layer)] * len(watched.modules)
-    return list(map(_ranked, watched.means()))
+    try:
+        return list(map(_ranked, watched.means()))
+    except NotFiniteError as error:
+        return [reason_of(error)] * len(watched.modules)
 
 
 def _unreached(layer: Layer) -> str:

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -84,6 +86,23 @@ def test_against_one_sample_at_a_time(model: Model, batches: list[Tensor]) -> No
         assert have == pytest.approx(want, rel=1e-5)
     want = by_hand([dense.twice(x) for x in seen["twice"]], [linear(x) for x in seen["twice"]])
     assert errors["twice"] == [pytest.approx(want, rel=1e-5)]
+
+
+def test_one_difference_is_held_at_a_time(
+    model: Model, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[weakref.ref[Tensor]] = []
+    norm = torch.linalg.vector_norm
+
+    def counting(vector: Tensor, **options: Any) -> Tensor:
+        assert sum(other() is not None for other in held[1:]) == 0
+        held.append(weakref.ref(vector))
+        return norm(vector, **options)
+
+    monkeypatch.setattr(torch.linalg, "vector_norm", counting)
+    stand_ins = [perturbed(model.conv, by) for by in (0.1, 0.2, 0.3)]
+    feature_errors(model, {"conv": stand_ins}, batches[:1], METRICS)
+    assert len(held) == 4
 
 
 def test_the_layer_itself_has_no_error(model: Model, batches: list[Tensor]) -> None:

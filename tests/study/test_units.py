@@ -394,6 +394,27 @@ def test_a_stand_in_that_fails(
     assert without_time(found[:2] + found[3:]) == without_time(expected)
 
 
+@pytest.mark.parametrize(("split", "passes"), [("test", 0), ("train", 1)])
+def test_features_that_are_not_finite_are_measured_once(
+    split: str, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are the dense layer's, whatever stands in for it."""
+    calls: list[int] = []
+
+    def counting(*args: Any) -> Any:
+        calls.append(1)
+        return feature_errors(*args)
+
+    monkeypatch.setattr(units, "feature_errors", counting)
+    images = ImagesRecipe(split, batch_size=16)
+    workspace = opened(features=images, evaluation=ImagesRecipe("test", batch_size=16))
+    with torch.no_grad():
+        workspace.model.get_submodule("stem").get_parameter("bias")[0] = float("inf")
+    reasons = {found.failure for found in measure(workspace, TRIALS)}
+    assert reasons == {"the features of 'conv' are not finite"}
+    assert len(calls) == passes
+
+
 class Reciprocal(nn.Module):
     """NaN where the layer before it gives nothing but zeros."""
 
