@@ -439,11 +439,18 @@ def _methods(recipe: StudyRecipe, registry: Registry) -> Mapping[str, Decomposit
 def _method(
     name: str, record: DecompositionRecord, settings: Mapping[str, float | str]
 ) -> Decomposition:
-    method = record.create()
-    for key in settings:
-        if not hasattr(method, key):
-            raise UsageError(f"{name} has no setting {key!r}", "take it out of options")
-    return record.create(**settings) if settings else method
+    from tdkit.layers import first_line
+
+    try:
+        return record.create(**settings)
+    except TypeError as error:
+        if not settings:
+            raise
+        given = ", ".join(f"{key} = {value!r}" for key, value in settings.items())
+        raise UsageError(
+            f"{name} does not take the settings {given}: {first_line(error)}",
+            "change the method's table in options, or take it out",
+        ) from error
 
 
 def _with_splits(recipe: StudyRecipe, dataset: Dataset) -> StudyRecipe:

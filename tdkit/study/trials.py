@@ -183,6 +183,7 @@ def identity(workspace: Workspace) -> dict[str, Any]:
         },
         "data": workspace.dataset.fingerprint,
         "recipe": values,
+        "methods": {name: _settings(method) for name, method in workspace.methods.items()},
         "versions": {
             **workspace.versions,
             "tdkit": __version__,
@@ -346,6 +347,15 @@ def _structure_hash(model: nn.Module) -> str:
     for name, module in model.named_modules(remove_duplicate=False):
         digest.update(f"{name} {type(module).__qualname__} {module.extra_repr()}\n".encode())
     return digest.hexdigest()
+
+
+def _settings(method: Decomposition) -> dict[str, bool | int | float | str]:
+    """What a method was created with, as far as it is plain: its defaults count as well."""
+    return {
+        key: value
+        for key, value in vars(method).items()
+        if not key.startswith("_") and isinstance(value, bool | int | float | str)
+    }
 
 
 def _flat(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,7 +38,8 @@ from tdkit.study.recipe import (
     own_study,
     to_toml,
 )
-from tdkit.study.trials import plan_trials
+from tdkit.study.store import read_results
+from tdkit.study.trials import identity, plan_trials
 from tdkit.training import last_learning_rate
 
 ROOT = Path(__file__).parents[2]
@@ -549,6 +551,17 @@ def test_cp_starts_as_in_the_paper_and_not_in_studies_of_ones_own(name, sweeps, 
     assert (method.sweeps, method.tolerance, method.ridge) == (sweeps, tolerance, 1e-10)
     own = own_study(recipe, "garipov", "noise", "mine")
     assert vars(methods_of(own)["cp"]) == vars(load_registry().decompositions["cp"].create())
+
+
+@pytest.mark.parametrize(
+    "folder", sorted((ROOT / "docs" / "studies").iterdir()), ids=lambda p: p.name
+)
+def test_the_shipped_measurements_are_of_methods_as_they_are_now(folder, tmp_path) -> None:
+    # Opened in a copy: even a reader of SQLite may write beside the file.
+    results = read_results(Path(shutil.copytree(folder, tmp_path / folder.name)))
+    methods = methods_of(parse(results.recipe))
+    now = identity(replace(tiny_study.workspace(), methods=methods))["methods"]
+    assert results.identity["methods"] == now
 
 
 UNCOMMENTED = re.compile(r"^# (\[\[options\]\]|[a-z]+ = \S+)$", re.MULTILINE)

@@ -15,7 +15,10 @@ from torch import nn
 
 from tdkit.candidates import prepare
 from tdkit.decompositions.base import count, layer_stages
+from tdkit.decompositions.cp import Cp
+from tdkit.decompositions.svd import Svd
 from tdkit.errors import UnsupportedError, UsageError
+from tdkit.hookspecs import DecompositionRecord
 from tdkit.opening import make_workspace
 from tdkit.recipes import OptimizerRecipe
 from tdkit.registry import load_registry
@@ -258,6 +261,44 @@ class TestData:
             self.check(replace(tiny_study.noise(), validation=None), finetune=FINETUNE)
 
 
+class TestSettings:
+    def methods(self, create, *options: MethodRecipe):
+        """The methods of a study that has one of a plugin."""
+        registry = load_registry()
+        records = {**registry.decompositions, "mine": DecompositionRecord("mine", "", create)}
+        recipe = replace(RECIPE, methods=("cp", "mine"), options=options)
+        return make_workspace(
+            recipe,
+            tiny_study.network(),
+            tiny_study.noise(),
+            replace(registry, decompositions=records),
+        ).methods
+
+    def test_they_are_keywords_of_create_whatever_the_method_calls_them(self) -> None:
+        calls = []
+
+        def create(ridge: float = 0.5) -> Svd:
+            calls.append(ridge)
+            return Svd()
+
+        assert type(self.methods(create, MethodRecipe("mine", ridge=0.25))["mine"]) is Svd
+        self.methods(create)
+        assert calls == [0.25, 0.5]
+
+    def test_those_that_create_does_not_take_are_refused(self) -> None:
+        class Plugin(Svd):
+            sweeps = 3
+
+        option = MethodRecipe("mine", sweeps=4, start="uniform")
+        with pytest.raises(UsageError, match=r"^mine does not take the settings sweeps = 4, ") as e:
+            self.methods(Plugin, option)
+        assert "start = 'uniform': " in str(e.value)
+
+    def test_a_broken_create_is_not_blamed_on_settings(self) -> None:
+        with pytest.raises(TypeError, match="missing 1 required positional argument"):
+            self.methods(lambda missing: Svd())
+
+
 class TestIdentity:
     def test_it_is_json_and_the_same_every_time(self, workspace) -> None:
         found = identity(workspace)
@@ -307,6 +348,21 @@ class TestIdentity:
     def test_every_other_value_is_a_difference_that_is_shown(self, workspace, change, line) -> None:
         other = replace(workspace, recipe=replace(RECIPE, **change))
         assert differences(identity(workspace), identity(other)) == [line]
+
+    def test_settings_of_methods_count_that_no_recipe_names(self, workspace) -> None:
+        class Plugin(Svd):
+            def __init__(self, rounds: int) -> None:
+                self.rounds, self.exact, self.table, self._latest = rounds, True, {}, 0.5
+
+        def found(sweeps, rounds):
+            return identity(replace(workspace, methods={"cp": Cp(sweeps), "mine": Plugin(rounds)}))
+
+        assert found(5, 1)["methods"]["mine"] == {"rounds": 1, "exact": True}
+        assert differences(found(5, 1), found(5, 1)) == []
+        assert differences(found(50, 1), found(5, 2)) == [
+            "methods.cp.sweeps: 50 → 5",
+            "methods.mine.rounds: 1 → 2",
+        ]
 
     def test_fine_tuning_may_come_later_but_not_change(self, workspace) -> None:
         def tuned(finetune):
