@@ -24,7 +24,7 @@ def outside_macs(model: nn.Module, layers: Sequence[Layer], inputs: Sequence[Any
 
     Returns:
         torch's own count of matrix products and convolutions less that of the layers; None where
-        the model does not run under that count. An LSTM on a CPU is in neither.
+        the model does not run under that count.
     """
     counter = FlopCounterMode(display=False)
     try:
@@ -37,31 +37,34 @@ def outside_macs(model: nn.Module, layers: Sequence[Layer], inputs: Sequence[Any
     return max(0, counter.get_total_flops() // 2 - sum(layer.macs or 0 for layer in layers))
 
 
-def remark(macs: int | None, layers: Sequence[Layer]) -> str | None:
-    """A sentence on what the MACs of layers leave out; None where that is nothing or unknown.
+def left_out(macs: int | None, layers: Sequence[Layer]) -> str | None:
+    """A sentence on what the MACs of layers leave out; None where that is nothing.
 
     Args:
-        macs: From :func:`outside_macs`.
+        macs: From :func:`outside_macs`; None says that they are unknown.
         layers: All layers of the model, with their calls.
     """
-    if not macs:
+    if macs == 0:
         return None
     names = [layer.name for layer in layers if layer.calls == () and layer.parameters]
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     idle = f"; not called as layers: {shown}" if names else ""
-    return (
-        f"MACs leave out {macs:,} per input that are outside of convolutional and linear layers,"
-        f" as in attention and recurrent layers{idle}"
-    )
+    where = "outside of convolutional and linear layers, as in attention and recurrent layers"
+    if macs is None:
+        return f"MACs {where}, are unknown{idle}"
+    return f"MACs leave out {macs:,} per input that are {where}{idle}"
 
 
 @contextmanager
 def _in_plain_products() -> Iterator[None]:
-    """Attention in matrix products, which torch counts on every device."""
-    fast = torch.backends.mha.get_fastpath_enabled()
+    """Attention and recurrent layers in matrix products, which torch counts on every device."""
+    attention, fused = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
     torch.backends.mha.set_fastpath_enabled(False)
+    # Not its flags(), which sets the precision of products too and warns where TF32 is unknown.
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     try:
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+        torch.backends.mha.set_fastpath_enabled(attention)
+        torch.backends.mkldnn.enabled = fused

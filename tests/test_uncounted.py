@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tdkit.layers import find_layers
-from tdkit.uncounted import outside_macs, remark
+from tdkit.uncounted import left_out, outside_macs
 
 
 class Attention(nn.Module):
@@ -57,23 +57,38 @@ SEQUENCE = torch.ones(1, 10, 16)
         (nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), SEQUENCE, 13440),
         (Products(), torch.ones(1, 7, 8), 7 * 8 * 8 + 7 * 7 * 8),
         (convolutions(), torch.ones(1, 4, 9, 9), 0),
+        # Four gates of 6 rows, each over 8 inputs and 6 states, at each of 5 places.
+        (nn.Sequential(nn.Linear(4, 8), nn.LSTM(8, 6)), torch.ones(5, 4), 5 * 4 * 6 * (8 + 6)),
+        # Three gates, two layers in two directions: the second sees both states of the first.
+        (
+            nn.Sequential(nn.GRU(8, 6, num_layers=2, bidirectional=True)),
+            torch.ones(5, 8),
+            5 * 2 * 3 * 6 * ((8 + 6) + (12 + 6)),
+        ),
     ],
 )
 def test_macs_outside_of_layers(model: nn.Module, value: Tensor, macs: int) -> None:
-    fast = torch.backends.mha.get_fastpath_enabled()
+    before = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
     layers = find_layers(model, inputs=[value])
     assert outside_macs(model, layers, [value]) == macs
-    assert torch.backends.mha.get_fastpath_enabled() is fast
+    after = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
+    assert after == before
 
 
 def test_they_are_told_with_the_layers_that_are_read_directly() -> None:
     value = torch.ones(1, 7, 8)
     layers = find_layers(Products(), inputs=[value])
-    text = str(remark(840, layers))
+    text = str(left_out(840, layers))
     assert text.startswith("MACs leave out 840 per input ")
     assert text.endswith("; not called as layers: read")
-    assert "not called" not in str(remark(840, find_layers(Attention(), inputs=[SEQUENCE])))
-    assert remark(0, layers) is None
+    assert "not called" not in str(left_out(840, find_layers(Attention(), inputs=[SEQUENCE])))
+    assert left_out(0, layers) is None
+
+
+def test_that_they_are_unknown_is_told_too() -> None:
+    text = str(left_out(None, find_layers(Products(), inputs=[torch.ones(1, 7, 8)])))
+    assert text.startswith("MACs outside of convolutional and linear layers, as in ")
+    assert text.endswith(", are unknown; not called as layers: read")
 
 
 def test_a_model_that_does_not_run_so_is_left_alone() -> None:

@@ -186,7 +186,7 @@ def print_notes(opened: Opened, result: Compression) -> None:
     """Tell on stderr what the user should know about the model and its compression."""
     from tdkit.cli.display import note
     from tdkit.compression import larger_than_dense, one_sample
-    from tdkit.uncounted import outside_macs, remark
+    from tdkit.uncounted import left_out, outside_macs
 
     for text in opened.notes:
         note(text)
@@ -198,8 +198,8 @@ def print_notes(opened: Opened, result: Compression) -> None:
         note(f"the plan makes the layer {name} larger")
     if (inputs := one_sample(opened.inputs())) is not None:
         outside = outside_macs(opened.model, result.layers, inputs)
-        if (left_out := remark(outside, result.layers)) is not None:
-            note(left_out)
+        if (told := left_out(outside, result.layers)) is not None:
+            note(told)
     if not result.verified:
         undone = "verified, calibrated" if result.uncalibrated else "verified"
         note(f"not {undone} or timed: that takes --input-shape, such as 3,224,224")

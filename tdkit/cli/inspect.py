@@ -39,7 +39,7 @@ def inspect(
     from tdkit.compression import one_sample
     from tdkit.costs import model_parameters
     from tdkit.layers import find_layers
-    from tdkit.uncounted import outside_macs, remark
+    from tdkit.uncounted import left_out, outside_macs
 
     registry = open_registry()
     source = Source(model, arch, weights, allow_class or (), unsafe_load, input_shape, device)
@@ -67,10 +67,10 @@ def inspect(
         stdout().out(file_json(value), end="")
     else:
         _print(found, total, opened.shape)
-    if (left_out := remark(outside, found)) is not None:
-        note(left_out)
-    for text in opened.notes:
-        note(text)
+    told = None if inputs is None else left_out(outside, found)
+    for text in (told, *opened.notes):
+        if text is not None:
+            note(text)
 
 
 def _print(layers: list[Layer], total: int, shape: tuple[int, ...] | None) -> None:
