@@ -41,7 +41,7 @@ def compress(
     include_ends: bool = False,
     input_shape: Sequence[int] | None = None,
     example_inputs: Tensor | Sequence[Any] | None = None,
-    data: Tensor | Sequence[Tensor | Sequence[Any]] = (),
+    data: Tensor | Sequence[Tensor | Sequence[Any]] | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[nn.Module, Plan]:
@@ -84,15 +84,15 @@ def compress(
     """
     check_module(model)
     batches = arguments.batches(data)
-    wanted = None if methods is None else arguments.names(methods, "methods")
+    wanted = None if methods is None else arguments.methods(methods)
     registry = load_registry()
     record = lookup(registry.metrics, metric, "metric")
     grid = Grid(
         resolve_methods(registry, wanted),
         [record.create()],
-        arguments.fractions(keeps, "keeps"),
+        arguments.keeps(keeps),
         "best",
-        seed,
+        arguments.seed(seed),
         method_limits(registry, wanted),
     )
     result = compress_model(
@@ -116,7 +116,7 @@ def apply(
     *,
     input_shape: Sequence[int] | None = None,
     example_inputs: Tensor | Sequence[Any] | None = None,
-    data: Tensor | Sequence[Tensor | Sequence[Any]] = (),
+    data: Tensor | Sequence[Tensor | Sequence[Any]] | None = None,
 ) -> nn.Module:
     """Apply a plan to a dense model, which stays as it is.
 
@@ -234,8 +234,8 @@ def validate(
     wanted = adapted(
         base,
         layers=None if layers is None else arguments.names(layers, "layers"),
-        methods=None if methods is None else arguments.names(methods, "methods"),
-        keeps=None if keeps is None else arguments.fractions(keeps, "keeps"),
+        methods=None if methods is None else arguments.methods(methods),
+        keeps=None if keeps is None else arguments.keeps(keeps),
         images=images,
         runs=runs,
     )

@@ -6,12 +6,14 @@ import operator
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from tdkit.errors import UsageError
 from tdkit.plans import Plan, read_plan
+
+_T = TypeVar("_T")
 
 
 def names(value: object, option: str) -> tuple[str, ...]:
@@ -30,27 +32,52 @@ def names(value: object, option: str) -> tuple[str, ...]:
     return found
 
 
-def fractions(value: object, option: str) -> tuple[float, ...]:
-    """Fractions in a list; a number is one. Whether they are in range is for others to check.
+def methods(value: object) -> tuple[str, ...]:
+    """Names of decompositions, at least one.
 
     Raises:
         UsageError: If it is anything else.
     """
-    if isinstance(value, int | float):
-        return (value,)
-    if isinstance(value, Iterable) and not isinstance(value, str):
-        return tuple(value)
-    raise UsageError(
-        f"{option}={_shown(value)} is no list of fractions", f"write {option}=[0.5, 0.25]"
-    )
+    return _some(names(value, "methods"), "methods", '["svd", "tucker"]')
+
+
+def keeps(value: object) -> tuple[float, ...]:
+    """Fractions, at least one; a number is one. Whether they are in range is for others to check.
+
+    Raises:
+        UsageError: If it is anything else.
+    """
+    try:
+        found = tuple(map(_number, _parts(value)))
+    except (TypeError, ValueError, RuntimeError):  # the last is a tensor's
+        raise UsageError(
+            f"keeps={_shown(value)} is no list of fractions", "write keeps=[0.5, 0.25]"
+        ) from None
+    return _some(found, "keeps", "[0.5, 0.25]")
+
+
+def seed(value: object) -> int:
+    """A whole number, also one of NumPy's.
+
+    Raises:
+        UsageError: If it is anything else.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise UsageError(f"the seed {value!r} is not a whole number", "write seed=0") from None
 
 
 def batches(value: object) -> Sequence[Tensor | Sequence[Any]]:
-    """Batches of model inputs; a tensor is one batch.
+    """Batches of model inputs; a tensor is one batch, and None are none.
 
     Raises:
         UsageError: If it is no list, or holds what is no batch.
     """
+    if value is None:
+        return ()
     if isinstance(value, Tensor):
         return (value,)
     if not isinstance(value, list | tuple):
@@ -127,6 +154,28 @@ def source(value: object) -> str | Path:
         f"a {type(value).__name__} does not name a model",
         "give the path of a model file, or the name of a registered model",
     )
+
+
+def _parts(value: Any) -> tuple[Any, ...]:
+    """The parts of a list, or the one thing that it is; scalar arrays and tensors are one."""
+    if isinstance(value, str):
+        return (value,)
+    try:
+        return tuple(value)
+    except TypeError:
+        return (value,)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, str | bytes):
+        raise TypeError
+    return float(value)
+
+
+def _some(found: tuple[_T, ...], option: str, example: str) -> tuple[_T, ...]:
+    if not found:
+        raise UsageError(f"{option} is an empty list", f"write {option}={example}, or leave it out")
+    return found
 
 
 def _shown(value: object, most: int = 40) -> str:

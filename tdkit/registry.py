@@ -80,11 +80,11 @@ class Registry:
             for hook, kind in hookspecs.HOOKS.items()
             if isinstance(record, kind)
         }
-        _, *plugins = self.providers  # the built-ins come first
         return {
             plugin.name: plugin.version
-            for plugin in plugins
-            if wanted & {(hook, name) for hook, names in plugin.provides.items() for name in names}
+            for plugin in self.providers
+            if plugin.name != "tdkit"
+            and wanted & {(hook, name) for hook, names in plugin.provides.items() for name in names}
         }
 
 

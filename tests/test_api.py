@@ -5,9 +5,11 @@ import importlib
 import inspect
 import json
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -173,10 +175,15 @@ class TestCompress:
             ({"input_shape": (3, 0, 12)}, "shape"),
             ({"budget": 0.01}, "smallest reachable"),
             ({"seed": 1.5}, "the seed 1.5 is not a whole number"),
+            ({"seed": True}, "the seed True is not a whole number"),
+            ({"seed": "1"}, "the seed '1' is not a whole number"),
             ({"methods": 3}, "methods=3 is no list of names"),
             ({"methods": ["svd", 3]}, "is no list of names"),
             ({"layers": [2]}, r"layers=\[2\] is no list of names"),
             ({"keeps": "0.5"}, "keeps='0.5' is no list of fractions"),
+            ({"keeps": ["0.5"]}, r"keeps=\['0.5'\] is no list of fractions"),
+            ({"keeps": torch.ones(2, 2)}, "keeps=<Tensor> is no list of fractions"),
+            ({"keeps": None}, "keeps=None is no list of fractions"),
             ({"metric": ["relative-weights"]}, "a metric is named by a string"),
             ({"input_shape": 12}, "input_shape=12 is no shape"),
             ({"input_shape": "3,12,12"}, "is no shape"),
@@ -208,6 +215,43 @@ class TestCompress:
         expected, same_plan = tdkit.compress(model, 0.8, **{**one, **listed})
         assert plan == same_plan
         assert same(found, expected)
+
+    @pytest.mark.parametrize(
+        ("given", "plain"),
+        [
+            ({"seed": np.int64(1)}, {"seed": 1}),
+            ({"keeps": [np.float32(0.5), Fraction(1, 4)]}, {"keeps": [0.5, 0.25]}),
+            ({"keeps": np.float32(0.5)}, {"keeps": [0.5]}),
+            ({"keeps": np.array([0.5])}, {"keeps": [0.5]}),
+            ({"keeps": torch.tensor(0.5)}, {"keeps": [0.5]}),
+            ({"keeps": torch.tensor([0.5, 0.25])}, {"keeps": [0.5, 0.25]}),
+            ({"data": None}, {}),
+        ],
+    )
+    def test_numbers_of_any_kind_will_do_and_no_data_are_none(
+        self, model: nn.Sequential, given: dict[str, Any], plain: dict[str, Any]
+    ) -> None:
+        options: dict[str, Any] = {"methods": ["svd"], "input_shape": (3, 12, 12)}
+        found, plan = tdkit.compress(model, 0.8, **options, **given)
+        expected, same_plan = tdkit.compress(model, 0.8, **options, **plain)
+        assert plan == same_plan
+        assert json.loads(json.dumps(plan.seed)) == plan.seed
+        assert same(found, expected)
+        assert same(tdkit.apply(plan, model, input_shape=(3, 12, 12), data=None), found)
+
+    @pytest.mark.parametrize("option", ["methods", "keeps"])
+    def test_an_empty_list_is_refused(self, model: nn.Sequential, option: str) -> None:
+        empty: dict[str, Any] = {option: []}
+        calls = (
+            lambda: tdkit.compress(model, **empty),
+            lambda: tdkit.validate(model, "fashion-mnist-sample", **empty),
+        )
+        for call in calls:
+            with pytest.raises(UsageError, match=f"{option} is an empty list") as refused:
+                call()
+            hint = str(refused.value.hint)
+            assert hint.startswith(f"write {option}=[")
+            assert hint.endswith("], or leave it out")
 
     def test_what_is_no_module_is_said_to_be_none(self) -> None:
         with pytest.raises(UsageError, match=r"a model is a torch.nn.Module, not str") as refused:

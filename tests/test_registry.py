@@ -135,6 +135,8 @@ def test_versions_are_those_of_the_plugins_that_records_come_from(install) -> No
     assert registry.versions(builtin) == {}
     mine = [registry.metrics["good-metric"], registry.planners["good-planner"]]
     assert registry.versions([*builtin, *mine]) == {"tdkit-good": "1.5"}
+    other_way_round = replace(registry, providers=registry.providers[::-1])
+    assert other_way_round.versions([*builtin, *mine]) == {"tdkit-good": "1.5"}
     # A name counts together with its kind.
     assert registry.versions([replace(registry.models["garipov"], name="good-metric")]) == {}
 

@@ -138,8 +138,9 @@ class TensorSplit:
 def kept_on(dataset: Dataset, device: torch.device) -> Dataset:
     """A data set whose images are moved to a device once and for all.
 
-    Splits that are not in memory, or have more than 256 MiB of images, stay where they are; their
-    batches are moved one by one by those who use them. Labels stay on the CPU.
+    Splits that are not in memory, have more than 256 MiB of images, or find no room there stay
+    where they are; their batches are moved one by one by those who use them. Labels stay on the
+    CPU.
 
     Args:
         dataset: The data set, its images on the CPU.
@@ -156,7 +157,10 @@ def kept_on(dataset: Dataset, device: torch.device) -> Dataset:
 def _kept(split: Split | None, device: torch.device) -> Split | None:
     if not isinstance(split, TensorSplit) or split.images.nbytes > _KEPT_BYTES:
         return split
-    return replace(split, images=split.images.to(device))
+    try:
+        return replace(split, images=split.images.to(device))
+    except torch.OutOfMemoryError:
+        return split
 
 
 def image_order(count: int, generator: torch.Generator | None, limit: int | None) -> Tensor:

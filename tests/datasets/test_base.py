@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -268,3 +269,16 @@ def test_small_splits_in_memory_are_kept_on_a_device(monkeypatch):
     (pixels, labels), *_ = kept.validation.batches(4, limit=5)
     assert (pixels.device.type, pixels.dtype, pixels.shape) == ("meta", torch.float32, (4, 2, 4, 4))
     assert torch.equal(labels, next(dataset.validation.batches(4, limit=5))[1])
+
+
+def test_a_split_that_a_device_has_no_room_for_stays_where_it_is():
+    class TooLarge(torch.Tensor):
+        def to(self, *args, **kwargs):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    part = random_images(20, 1, 4, 4), torch.arange(20) % 2
+    dataset = in_memory_dataset("small", ("a", "b"), part, part, 0)
+    test = replace(dataset.test, images=dataset.test.images.as_subclass(TooLarge))
+    kept = kept_on(replace(dataset, test=test), torch.device("meta"))
+    assert kept.test is test
+    assert kept.train.images.device.type == "meta"
