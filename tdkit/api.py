@@ -13,7 +13,7 @@ from tdkit import arguments
 from tdkit.calibration import Calibration
 from tdkit.candidates import COMPRESSION_KEEPS, Grid
 from tdkit.compression import Goal, apply_plan, compress_model, random_inputs
-from tdkit.copying import check_module
+from tdkit.copying import require_module
 from tdkit.datasets.base import Dataset
 from tdkit.decompositions.base import Decomposition
 from tdkit.errors import UnsupportedError
@@ -82,7 +82,7 @@ def compress(
         UsageError: If an option is wrong or the budget is out of reach.
         UnsupportedError: If the model cannot be copied, run or compressed.
     """
-    check_module(model)
+    require_module(model)
     batches = arguments.batches(data)
     wanted = None if methods is None else arguments.methods(methods)
     registry = load_registry()
@@ -133,7 +133,7 @@ def apply(
         UnsupportedError: If a layer cannot be decomposed, or breaks the model when replaced.
     """
     wanted, batches = arguments.plan(plan), arguments.batches(data)
-    check_module(model)
+    require_module(model)
     methods = resolve_methods(load_registry(), sorted({move.method for move in wanted.moves}))
     inputs = _inputs(model, input_shape, example_inputs, batches)
     result = apply_plan(model, wanted, methods, inputs=inputs, calibration=batches)
@@ -166,7 +166,7 @@ def load(
 
     file, allowed = arguments.source(source), arguments.names(allow_classes, "allow_classes")
     if model is not None:
-        check_module(model)
+        require_module(model)
         return load_into(model, file).model
     models = load_registry().models
     return load_model(file, models=models, arch=arch, allow_classes=allowed).model

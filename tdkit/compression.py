@@ -22,14 +22,8 @@ from tdkit.candidates import Candidate, Grid, blamed, factorize, prepare, score
 from tdkit.copying import own_copy
 from tdkit.costs import macs, model_parameters
 from tdkit.decompositions.base import Decomposition, check_rank
-from tdkit.errors import UnsupportedError, UsageError
-from tdkit.layers import (
-    Layer,
-    find_layers,
-    first_line,
-    replace_layer,
-    unknown_name,
-)
+from tdkit.errors import UnsupportedError, UsageError, unknown_name
+from tdkit.layers import Layer, find_layers, first_line, replace_layer
 from tdkit.metrics.base import relative
 from tdkit.planners.base import Planner
 from tdkit.plans import Cost, Move, Plan, choose

@@ -12,7 +12,7 @@ from tdkit.errors import UnsupportedError, UsageError
 from tdkit.layers import first_line, refuse_lazy, unwrap
 
 
-def check_module(model: object) -> None:
+def require_module(model: object) -> None:
     """Refuse what is no module.
 
     Raises:
@@ -33,7 +33,7 @@ def own_copy(model: nn.Module) -> nn.Module:
         UsageError: If it is no module.
         UnsupportedError: If the model cannot be copied, or is lazy.
     """
-    check_module(model)
+    require_module(model)
     plain = unwrap(model)
     refuse_lazy(plain)
     for name, module in plain.named_modules():

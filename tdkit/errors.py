@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
+
 
 class TdkitError(Exception):
     """Base of every error tdkit raises on purpose.
@@ -46,3 +49,9 @@ class StorageError(TdkitError):
     """An output that cannot be written."""
 
     exit_status = 6
+
+
+def unknown_name(wanted: str, known: Sequence[str], what: str) -> UsageError:
+    """The error for a name that is not there, with the close ones."""
+    close = difflib.get_close_matches(wanted, known, n=3, cutoff=0.4) or list(known)[:8]
+    return UsageError(f"no {what} named {wanted!r}", f"close names: {', '.join(close)}")

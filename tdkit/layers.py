@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,8 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from tdkit.costs import Call, macs
-from tdkit.errors import UnsupportedError, UsageError
+from tdkit.errors import UnsupportedError
+from tdkit.errors import unknown_name as unknown_name
 from tdkit.specs import KINDS, LayerSpec, spec_of
 
 _OWNERS_THAT_READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -176,7 +176,8 @@ def _kept_buffers(model: nn.Module) -> Iterator[None]:
             if _version(buffer) != version:
                 buffer.copy_(value)
             elif _can_change_unseen(buffer):
-                # Neither does this count. To look whether it is needed would be to wait for a GPU.
+                # Writing through .data does not count as a version either. To look whether it is
+                # needed would be to wait for a GPU.
                 buffer.data.copy_(value)
 
 
@@ -265,12 +266,6 @@ def refuse_lazy(model: nn.Module) -> None:
             raise UnsupportedError(
                 f"the model is lazy: {name} has no shape yet", "run one batch through it first"
             )
-
-
-def unknown_name(wanted: str, known: Sequence[str], what: str) -> UsageError:
-    """The error for a name that is not there, with the close ones."""
-    close = difflib.get_close_matches(wanted, known, n=3, cutoff=0.4) or list(known)[:8]
-    return UsageError(f"no {what} named {wanted!r}", f"close names: {', '.join(close)}")
 
 
 def _names(model: nn.Module) -> dict[nn.Module, list[str]]:

@@ -10,7 +10,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from tdkit.errors import UnreadableFileError, UsageError
+from tdkit.errors import UnreadableFileError, UsageError, unknown_name
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -132,6 +132,25 @@ class TrainRecipe(FitRecipe):
         require("seed", self.seed, 0 <= self.seed < 2**63, "at least 0 and below 2**63")
         suffix = ".safetensors"
         require("output", self.output, self.output.endswith(suffix), f"a name in {suffix}")
+
+
+def find_recipe(text: str) -> Path:
+    """A recipe file, or a bare name of one in the folder recipes or, after that, of tdkit's own.
+
+    Args:
+        text: The path or the name.
+
+    Raises:
+        UsageError: If a bare name is unknown; the message has the close ones.
+    """
+    path = Path(text)
+    if path.suffix == ".toml" or path.name != text or path.is_file():
+        return path
+    folders = (BUNDLED, Path("recipes"))
+    known = {p.stem: p for folder in folders for p in sorted(folder.glob("*.toml"))}
+    if text not in known:
+        raise unknown_name(text, list(known), "recipe, and no file,")
+    return known[text]
 
 
 def load_recipe(path: Path, cls: type[T]) -> T:

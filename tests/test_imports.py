@@ -140,7 +140,10 @@ import sys
 import tdkit
 from tdkit.cli import main
 
-for arguments in (["--help"], ["--version"], ["plugins"], ["compress", "--help"], ["nonsense"]):
+for arguments in (
+    ["--help"], ["--version"], ["plugins"], ["compress", "--help"], ["nonsense"],
+    ["validate", "quik"], ["train", "quik"],
+):
     try:
         main(arguments)
     except SystemExit:
@@ -159,6 +162,7 @@ def test_help_and_plugins_do_not_wait_for_torch() -> None:
     )
     assert done.stdout.splitlines()[-1] == "[]"
     assert "svd" in done.stdout
+    assert done.stderr.count("no recipe, and no file, named 'quik'") == 2
 
 
 def test_the_public_api_is_what_it_says() -> None:

@@ -8,10 +8,12 @@ import pytest
 
 from tdkit.errors import UnreadableFileError, UsageError
 from tdkit.recipes import (
+    BUNDLED,
     FitRecipe,
     OptimizerRecipe,
     ScheduleRecipe,
     TrainRecipe,
+    find_recipe,
     load_recipe,
     parse_recipe,
 )
@@ -141,6 +143,19 @@ def test_any_dataclass_can_be_a_recipe():
 
     assert parse_recipe('layers = ["x"]', Study, "s") == Study(("x",))
     assert parse_recipe('layers = []\nkind = "b"\nlimit = 4', Study, "s") == Study((), "b", 4)
+
+
+def test_a_name_is_of_a_recipe_here_before_one_that_comes_with_tdkit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quick.toml").touch()
+    assert find_recipe("quick") == BUNDLED / "quick.toml"
+    assert find_recipe("quick.toml") == Path("quick.toml")
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "quick.toml").touch()
+    assert find_recipe("quick") == Path("recipes/quick.toml")
+    with pytest.raises(UsageError, match="no recipe, and no file, named 'quik'") as caught:
+        find_recipe("quik")
+    assert caught.value.hint == "close names: quick"
 
 
 RECIPES = sorted(Path(__file__).parent.parent.glob("recipes/*.toml"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tdkit.errors import UsageError
@@ -33,7 +32,6 @@ __all__ = [
     "calibration_batches",
     "feature_batches",
     "file_json",
-    "find_recipe",
     "image_size",
     "open_dataset",
     "open_model",
@@ -91,25 +89,6 @@ def parse_keeps(text: str | None, default: Sequence[float]) -> tuple[float, ...]
     """Read keeps such as 0.5,0.25."""
     names = parse_names(text, "--keeps")
     return tuple(default) if names is None else tuple(parse_fraction(k, "--keeps") for k in names)
-
-
-def find_recipe(text: str) -> Path:
-    """A recipe file, or a bare name of one that comes with tdkit or lies in the folder recipes.
-
-    Raises:
-        UsageError: If a bare name is unknown; the message has the close ones.
-    """
-    from tdkit.layers import unknown_name
-    from tdkit.recipes import BUNDLED
-
-    path = Path(text)
-    if path.suffix == ".toml" or path.name != text or path.is_file():
-        return path
-    folders = (BUNDLED, Path("recipes"))
-    known = {p.stem: p for folder in folders for p in sorted(folder.glob("*.toml"))}
-    if text not in known:
-        raise unknown_name(text, list(known), "recipe, and no file,")
-    return known[text]
 
 
 def file_json(value: Any) -> str:

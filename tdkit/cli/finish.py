@@ -95,10 +95,9 @@ class Destination:
 
 def plan_title(path: Path) -> str:
     """The name of a plan file without what :attr:`Destination.plan` puts there."""
-    title = path.stem.removesuffix(".plan")
-    for suffix in (".pt", ".pth", *_SUFFIXES.values()):
-        title = title.removesuffix(suffix)
-    return title
+    title = Path(path.stem.removesuffix(".plan"))
+    written = title.suffix in (".pt", ".pth", *_SUFFIXES.values())
+    return title.stem if written else title.name
 
 
 def finish(

@@ -24,7 +24,8 @@ def train(
         str,
         typer.Argument(
             metavar="RECIPE",
-            help="A recipe file in TOML, or the name of one that comes with tdkit.",
+            help="A recipe file in TOML, or the name of one in recipes/ or, if that has none, "
+            "of one that comes with tdkit.",
         ),
     ],
     output: Annotated[
@@ -40,15 +41,18 @@ def train(
 
     Example: `tdkit train garipov-fashion-mnist`
     """
-    from tdkit.cli.common import find_recipe, open_dataset, open_registry, pick_device
+    from tdkit.recipes import TrainRecipe, find_recipe, load_recipe
+
+    # What is wrong with the recipe's name or text is told before torch is imported.
+    file = find_recipe(recipe)
+    settings = load_recipe(file, TrainRecipe)
+
+    from tdkit.cli.common import open_dataset, open_registry, pick_device
     from tdkit.cli.display import say
     from tdkit.cli.fitting import Resume, check_place, fit
-    from tdkit.recipes import TrainRecipe, load_recipe
     from tdkit.registry import lookup
     from tdkit.training import evaluate, initial_model
 
-    file = find_recipe(recipe)
-    settings = load_recipe(file, TrainRecipe)
     target = pick_device(device)
     path = _writable(output or Path(settings.output), file, force)
     if resume is not None:

@@ -31,8 +31,8 @@ def validate(
         Optional[str],  # noqa: UP045 - typer reads the annotation at run time on 3.10
         typer.Argument(
             metavar="RECIPE",
-            help="A recipe file in TOML, or the name of one that comes with tdkit or lies in "
-            "recipes/; quick if unset.",
+            help="A recipe file in TOML, or the name of one in recipes/ or, if that has none, "
+            "of one that comes with tdkit; tdkit's quick if unset.",
         ),
     ] = None,
     model: Annotated[
@@ -100,8 +100,9 @@ def validate(
     from tdkit.cli.common import Source, parse_keeps, parse_names
     from tdkit.study.recipe import adapted
 
-    pool = _pool(workers, dask)
+    # The recipe first: what is wrong with its name or text is told before torch is imported.
     study = _study(recipe, model, data)
+    pool = _pool(workers, dask)
     wanted = adapted(
         study.recipe,
         layers=layers,
@@ -162,9 +163,8 @@ class _Settings:
 
 def _study(text: str | None, model: str | None, data: str | None) -> _Study:
     """The recipe, quick by default; with a model of the user's a study of that."""
-    from tdkit.cli.common import find_recipe
     from tdkit.opening import Suit
-    from tdkit.recipes import load_recipe
+    from tdkit.recipes import find_recipe, load_recipe
     from tdkit.study.recipe import StudyRecipe, bundled_recipe, own_study
 
     runs = Path("runs")

@@ -23,8 +23,8 @@ from tdkit.decompositions.base import (
     count,
     layer_stages,
 )
-from tdkit.errors import UnsupportedError, UsageError
-from tdkit.layers import Layer, matches, unknown_name
+from tdkit.errors import UnsupportedError, UsageError, unknown_name
+from tdkit.layers import Layer, matches
 from tdkit.study.records import Trial
 from tdkit.training import trainable_splits
 
