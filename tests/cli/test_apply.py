@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from pathlib import Path
+from tdkit.cli.finish import plan_title
 
 SHAPE = ("--input-shape", "1,12,12", "--batch-size", "1")
 
@@ -101,6 +101,19 @@ def test_the_outputs_name_follows_model_and_plan(tdkit, toy, tmp_path) -> None:
     assert (tmp_path / "toy-third.pt").exists()
     assert (tmp_path / "toy-third.pt.plan.json").exists()
     assert "not verified" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("half-0.5.plan.json", "half-0.5"),
+        ("half-0.5.safetensors.plan.json", "half-0.5"),
+        ("small.json", "small"),
+        ("net.onnx.pt.plan.json", "net.onnx"),
+    ],
+)
+def test_a_plans_title_is_its_name_without_the_models_suffix(name, title) -> None:
+    assert plan_title(Path(name)) == title
 
 
 @pytest.mark.parametrize(
