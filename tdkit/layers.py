@@ -17,8 +17,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from tdkit.costs import Call, macs
-from tdkit.errors import UnsupportedError
-from tdkit.errors import unknown_name as unknown_name
+from tdkit.errors import UnsupportedError, unknown_name
 from tdkit.specs import KINDS, LayerSpec, spec_of
 
 _OWNERS_THAT_READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)

@@ -16,8 +16,8 @@ from tdkit.compression import total_cost
 from tdkit.costs import model_parameters
 from tdkit.datasets.base import Dataset, Split
 from tdkit.decompositions.base import Decomposition, Prepared
-from tdkit.errors import UnsupportedError, UsageError
-from tdkit.layers import Layer, unknown_name
+from tdkit.errors import UnsupportedError, UsageError, unknown_name
+from tdkit.layers import Layer
 from tdkit.metrics.base import Metric
 from tdkit.metrics.features import NotFiniteError, Watched, feature_errors
 from tdkit.study.finetuning import fine_tuned
