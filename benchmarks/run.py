@@ -66,12 +66,12 @@ PROGRAMS = (
     Program(
         "measuring-garipov",
         "4. Measuring: GaripovNet",
-        ("measuring.py", "--model", "garipov", "--images", "1000"),
+        ("measuring.py", "--model", "garipov", "--images", "400"),
     ),
     Program(
         "measuring-resnet18",
         "4. Measuring: ResNet-18",
-        ("measuring.py", "--model", "resnet18-cifar", "--images", "300"),
+        ("measuring.py", "--model", "resnet18-cifar", "--images", "150"),
     ),
     Program("latency", "5. Latency of the compressed model", ("latency.py",)),
     Program("machine", "6. How close to the machine", ("machine.py",)),
