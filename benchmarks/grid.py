@@ -80,7 +80,8 @@ def show_keeps(channels: int, repeats: int) -> None:
     print(f"\n### Seconds by the number of keeps (one {channels}×{channels}×3×3 layer)\n")
     print(
         f"Asked: flat for svd, tucker and tt. Medians of {plural(repeats, 'run')}; the keeps are"
-        " evenly spread over tdkit's default ones.\n"
+        " evenly spread over tdkit's default ones. tt takes the spectrum of a small matrix for"
+        " every new pair of ranks at its ends.\n"
     )
     header("keeps", *(f"{name}, s" for name in DIRECT))
     model = convolutions(1, channels)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from tdkit.layers import Layer, copies, trial
 
@@ -26,7 +27,7 @@ def outside_macs(model: nn.Module, layers: Sequence[Layer], inputs: Sequence[Any
         torch's own count of matrix products and convolutions less that of the layers; None where
         the model does not run under that count.
     """
-    counter = FlopCounterMode(display=False)
+    counter = _Products()  # type: ignore[no-untyped-call]
     try:
         with trial(model), _in_plain_products(), counter:
             model(*copies(inputs))
@@ -34,7 +35,7 @@ def outside_macs(model: nn.Module, layers: Sequence[Layer], inputs: Sequence[Any
         raise
     except Exception:  # a model may fail in any way
         return None
-    return max(0, counter.get_total_flops() // 2 - sum(layer.macs or 0 for layer in layers))
+    return max(0, counter.flops // 2 - sum(layer.macs or 0 for layer in layers))
 
 
 def left_out(macs: int | None, layers: Sequence[Layer]) -> str | None:
@@ -53,6 +54,34 @@ def left_out(macs: int | None, layers: Sequence[Layer]) -> str | None:
     if macs is None:
         return f"MACs {where}, are unknown{idle}"
     return f"MACs leave out {macs:,} per input that are {where}{idle}"
+
+
+class _Products(TorchDispatchMode):
+    """Adds up torch's formulas for matrix products and convolutions.
+
+    Its own FlopCounterMode does so too, and imports the compiler, which takes as long as torch.
+    """
+
+    flops = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # To be left out of compiled code it would have to import the compiler.
+        return False
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run an operation, and count it where there is a formula."""
+        output = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=output)
+        return output
 
 
 @contextmanager

@@ -165,6 +165,26 @@ def test_help_and_plugins_do_not_wait_for_torch() -> None:
     assert done.stderr.count("no recipe, and no file, named 'quik'") == 2
 
 
+INSPECT = """
+import sys
+
+from tdkit.cli import main
+
+try:
+    main(["inspect", "garipov"])
+except SystemExit:
+    pass
+print("torch" in sys.modules, "torch._dynamo" in sys.modules)
+"""
+
+
+def test_inspect_does_not_wait_for_the_compiler() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INSPECT], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "True False"
+
+
 def test_the_public_api_is_what_it_says() -> None:
     import tdkit
 

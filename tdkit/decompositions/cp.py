@@ -21,6 +21,9 @@ from tdkit.specs import LayerSpec
 
 STARTS = ("orthogonal", "uniform")
 
+# Above this relative error, what float32 loses in a product is nothing beside it.
+_COARSE = 0.1
+
 # Sweeps and tolerance for the one rank that is taken; scoring many ranks makes do with less.
 _REFINING = 100, 1e-4
 
@@ -191,34 +194,22 @@ def _orthogonal_terms(weight: Tensor) -> list[Tensor]:
 def _als(weight: Tensor, start: Sequence[Tensor], options: Cp) -> list[Tensor]:
     """The factors (mode size, rank) of every mode, from those at the start.
 
-    Only the first mode meets the whole tensor. What the new first factor leaves of it, (kernel
-    places, in, rank), is all that the second needs, and what the second leaves of that, (*kernel,
-    rank), all that the others need: a sweep costs two large products, both in one buffer.
+    The products with the whole tensor are in float32 while the error is large, since a factor that
+    is off by a little costs the square of that; the solves are in float64 throughout.
     """
     factors = list(start)
-    places = math.prod(weight.shape[2:])
     unfolded = weight.flatten(2).mT.flatten(1)
     total = float(unfolded.square().sum())
     if total == 0:
         return [torch.zeros_like(factor) for factor in factors]
     grams = [factor.T @ factor for factor in factors]
-    product = weight.new_empty(places, *factors[1].shape)
+    matrix, places = unfolded.float(), math.prod(weight.shape[2:])
+    buffer = matrix.new_empty(places, *factors[1].shape)
     previous = math.inf
     for _ in range(options.sweeps):
-        spatial = _khatri_rao(factors[2:])
-        torch.mul(spatial[:, None], factors[1], out=product)
-        right = unfolded @ product.flatten(0, 1)
-        _update(factors, grams, 0, right, options.ridge)
-        torch.mm(unfolded.T, factors[0], out=product.flatten(0, 1))
-        right = torch.zeros_like(factors[1])
-        for part, weights in zip(product, spatial, strict=True):
-            right.addcmul_(part, weights)
-        _update(factors, grams, 1, right, options.ridge)
-        rest = torch.stack([(part * factors[1]).sum(0) for part in product])
-        rest = rest.unflatten(0, weight.shape[2:])
-        for mode in range(2, weight.ndim):
-            right = _contract(rest, factors[2:], mode - 2)
-            _update(factors, grams, mode, right, options.ridge)
+        if previous < _COARSE and matrix is not unfolded:
+            matrix, buffer = unfolded, unfolded.new_empty(buffer.shape)
+        right = _sweep(matrix, factors, grams, buffer, options.ridge)
         error = _relative_error(total, right, factors[-1], _hadamard(grams, None))
         if previous - error < options.tolerance:
             break
@@ -226,11 +217,47 @@ def _als(weight: Tensor, start: Sequence[Tensor], options: Cp) -> list[Tensor]:
     return factors
 
 
+def _sweep(
+    matrix: Tensor, factors: list[Tensor], grams: list[Tensor], buffer: Tensor, ridge: float
+) -> Tensor:
+    """Update every mode in turn.
+
+    Only the first mode meets the whole tensor. What the new first factor leaves of it, (kernel
+    places, in, rank), is all that the second needs, and what the second leaves of that, (*kernel,
+    rank), all that the others need: a sweep costs two large products, both in one buffer.
+
+    Args:
+        matrix: (out, kernel places * in), in the precision of the large products.
+        factors: Replaced one by one.
+        grams: Of the factors, likewise.
+        buffer: (kernel places, in, rank), of the matrix's dtype.
+        ridge: See :class:`Cp`.
+
+    Returns:
+        The right-hand side of the last mode's least squares, (mode size, rank).
+    """
+    spatial = _khatri_rao(factors[2:]).to(matrix)
+    torch.mul(spatial[:, None], factors[1].to(matrix), out=buffer)
+    _update(factors, grams, 0, matrix @ buffer.flatten(0, 1), ridge)
+    torch.mm(matrix.T, factors[0].to(matrix), out=buffer.flatten(0, 1))
+    right = torch.zeros_like(buffer[0])
+    for part, weights in zip(buffer, spatial, strict=True):
+        right.addcmul_(part, weights)
+    _update(factors, grams, 1, right, ridge)
+    second = factors[1].to(matrix)
+    rest = torch.stack([(part * second).sum(0) for part in buffer]).double()
+    rest = rest.unflatten(0, [len(factor) for factor in factors[2:]])
+    for mode in range(2, len(factors)):
+        right = _contract(rest, factors[2:], mode - 2)
+        _update(factors, grams, mode, right, ridge)
+    return right
+
+
 def _update(
     factors: list[Tensor], grams: list[Tensor], mode: int, right: Tensor, ridge: float
 ) -> None:
     """The least-squares factor of one mode in place of its last one, and its Gram matrix."""
-    solved = _solve(_hadamard(grams, mode), right, ridge)
+    solved = _solve(_hadamard(grams, mode), right.double(), ridge)
     factors[mode] = _normalised(solved, mode, len(factors))
     grams[mode] = factors[mode].T @ factors[mode]
 
