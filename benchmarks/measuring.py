@@ -10,7 +10,8 @@ ResNet-18 has random weights, and noise where CIFAR-10 is not found: the time is
 Plain passes run the model as it is. A study puts channels last and replays; full passes in that
 layout tell the two apart, and a replay has to predict as they do, to the last image. "MACs allow"
 is the ratio if time went by multiply-accumulates: what comes before a layer is saved, the
-candidate and what comes after it is not.
+candidate and what comes after it is not. Both ways take the same time for every batch, but the
+first of a replay comes with three more passes: few images understate the ratio.
 """
 
 from __future__ import annotations

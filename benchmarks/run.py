@@ -71,8 +71,17 @@ PROGRAMS = (
     Program(
         "measuring-resnet18",
         "4. Measuring: ResNet-18",
-        ("measuring.py", "--model", "resnet18-cifar", "--images", "150"),
+        (
+            "measuring.py",
+            "--model",
+            "resnet18-cifar",
+            "--images",
+            "500",
+            "--repeats",
+            "1",
+        ),
     ),
+    Program("replaying", "4. Measuring: where the time goes", ("replaying.py",)),
     Program("latency", "5. Latency of the compressed model", ("latency.py",)),
     Program("machine", "6. How close to the machine", ("machine.py",)),
     Program("linear", "7. A large Linear", ("linear.py",)),
