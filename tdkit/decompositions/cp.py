@@ -23,6 +23,8 @@ STARTS = ("orthogonal", "uniform")
 
 # Above this relative error, what float32 loses in a product is nothing beside it.
 _COARSE = 0.1
+# The least gain of a sweep that can be told from the rounding of such products.
+_TOLD = 1e-6
 
 # Sweeps and tolerance for the one rank that is taken; scoring many ranks makes do with less.
 _REFINING = 100, 1e-4
@@ -207,13 +209,15 @@ def _als(weight: Tensor, start: Sequence[Tensor], options: Cp) -> list[Tensor]:
     buffer = matrix.new_empty(places, *factors[1].shape)
     previous = math.inf
     for _ in range(options.sweeps):
-        if previous < _COARSE and matrix is not unfolded:
-            matrix, buffer = unfolded, unfolded.new_empty(buffer.shape)
         right = _sweep(matrix, factors, grams, buffer, options.ridge)
         error = _relative_error(total, right, factors[-1], _hadamard(grams, None))
-        if previous - error < options.tolerance:
+        gain, previous = previous - error, error
+        # A gain that float32 cannot tell says nothing on whether to stop.
+        told = matrix is unfolded or gain > _TOLD
+        if gain < options.tolerance and (told or options.tolerance > _TOLD):
             break
-        previous = error
+        if matrix is not unfolded and (error < _COARSE or not told):
+            matrix, buffer = unfolded, unfolded.new_empty(buffer.shape)
     return factors
 
 

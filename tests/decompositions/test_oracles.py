@@ -12,6 +12,7 @@ from tensorly.tt_tensor import tt_to_tensor
 from tensorly.tucker_tensor import tucker_to_tensor
 from torch import Tensor, nn
 
+from tdkit.decompositions import cp
 from tdkit.decompositions.base import Prepared, count
 from tdkit.decompositions.cp import STARTS, Cp, _orthogonal_terms
 from tdkit.decompositions.svd import Svd
@@ -296,3 +297,12 @@ def test_the_error_of_hooi_has_its_digits_where_it_is_small(small: float) -> Non
     got = prepared(Tucker(sweeps=3), weight)
     truth = float((weight - got.reconstruct((4, 8))).norm())
     assert got.error((4, 8)) == pytest.approx(truth, rel=1e-6, abs=1e-14 * got.norm)
+
+
+def test_cp_goes_on_where_float32_cannot_tell_a_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = smooth_weight(12, 10, 3, 3, decay=0.1)
+    options = Cp(sweeps=2000, tolerance=1e-9, start="uniform")
+    error = prepared(options, weight).error(10)
+    monkeypatch.setattr(cp, "_COARSE", math.inf)  # float64 from the second sweep on
+    exact = prepared(options, weight).error(10)
+    assert error == pytest.approx(exact, rel=1e-6)
