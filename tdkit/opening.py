@@ -8,7 +8,7 @@ import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tdkit.errors import UnsupportedError, UsageError
 
@@ -372,6 +372,7 @@ def make_workspace(
     from tdkit.datasets.base import kept_on
     from tdkit.layers import find_layers
     from tdkit.registry import lookup
+    from tdkit.study.layouts import set_layouts
     from tdkit.study.trials import check_data
     from tdkit.study.units import Workspace
 
@@ -379,7 +380,7 @@ def make_workspace(
     layers = find_layers(
         model.eval(), inputs=inputs, patterns=recipe.layers, keep_ends=not recipe.layers
     )
-    _set_layout(model, inputs)
+    set_layouts(model, inputs or ())
     if suit.splits:
         recipe = _with_splits(recipe, dataset)
     if suit.batches:
@@ -402,23 +403,6 @@ def make_workspace(
         device=device,
         versions=registry.versions([*_method_records(recipe, registry).values(), *found]),
     )
-
-
-def _set_layout(model: nn.Module, inputs: Sequence[Any] | None) -> None:
-    """Put channels last, which is faster, unless the model cannot run so: one that views features.
-
-    On a CPU, convolutions of the bundled model take two thirds of the time.
-    """
-    import torch
-
-    from tdkit.layers import copies, trial
-
-    try:
-        model.to(memory_format=torch.channels_last)
-        with trial(model):
-            model(*copies(inputs or ()))
-    except Exception:  # a model may fail in any way
-        model.to(memory_format=torch.contiguous_format)
 
 
 def _method_records(recipe: StudyRecipe, registry: Registry) -> Mapping[str, DecompositionRecord]:

@@ -8,10 +8,11 @@ may be called several times.
 Which calls can be replayed is read off a scouting pass over two samples: those that ended before
 the layer's first call, changed none of their inputs in place and returned nothing but tensors.
 The tensors' version counters tell what is changed in place (``out += identity``,
-``ReLU(inplace=True)``): such outputs are remembered and handed out as copies. All of it is checked
-again on every batch, and on the first batch the logits of a replay are compared with those of a
-full pass. Where anything does not fit (data-dependent control flow, weights that are read without
-calling their module), full passes give the result instead.
+``ReLU(inplace=True)``): such outputs are remembered and handed out as copies. Where the very next
+thing that happens to an output is a module that changes it in place, it is handed out as it is
+after that. All of it is checked again on every batch, and on the first batch the logits of a
+replay are compared with those of a full pass. Where anything does not fit (data-dependent control
+flow, weights that are read without calling their module), full passes give the result instead.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdkit.errors import TdkitError, UnsupportedError, UsageError
 from tdkit.layers import Layer, copies, first_line, mode, replace_layer, trial
@@ -235,7 +238,8 @@ class _Session:
         """What to do at every call before the layer's first one; None if it is never called."""
         scout = _Scout(self._target)
         try:
-            self._run(batch, scout)
+            with scout.counter:
+                self._run(batch, scout)
         except UnsupportedError:
             return None
         return [*_plan(scout.calls), _Step(self._target, _Action.RUN)] if scout.done else None
@@ -245,7 +249,8 @@ class _Session:
         if self._steps is None or not self._can_replay:
             return self._run(batch)
         recorder = _Recorder(self._steps, self._target, stand_in)
-        logits = self._run(batch, recorder)
+        with recorder.counter:
+            logits = self._run(batch, recorder)
         if recorder.done and recorder.fits and all(held.intact for held in recorder.memory):
             self._memory = recorder.memory
         return logits
@@ -331,8 +336,33 @@ class _Action(Enum):
     """Return what it returned."""
     COPY = "copy"
     """Return a copy of what it returned, as that is changed in place later."""
+    ADVANCE = "advance"
+    """Return what it returned, as the next call has changed it."""
+    PASS = "pass"
+    """Return the input, which this call would change in place, and which has changed already."""
     SKIP = "skip"
     """Return nothing, as only a call that does not run would get it."""
+
+
+def _counter() -> _Counter:
+    return _Counter()  # type: ignore[no-untyped-call]
+
+
+class _Counter(TorchDispatchMode):
+    """Counts the operators of torch that run."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Count it and run it."""
+        self.count += 1
+        return func(*args, **kwargs or {})
 
 
 @dataclass(frozen=True)
@@ -388,8 +418,11 @@ class _Call:
 
     module: nn.Module
     forward: _Forward
+    begun: int
+    ended: int = 0
     calls: list[_Call] = field(default_factory=list)
     returned: _Values | None = None
+    changed: _Values | None = None
     aliased: bool = False
 
     @property
@@ -401,6 +434,17 @@ class _Call:
             return _Action.HAND_OUT
         # A copy would not share the change with the input that it is a view of.
         return _Action.RUN if self.aliased else _Action.COPY
+
+    def is_advanced_by(self, following: _Call) -> bool:
+        """Whether all that happens to what it returned is that the following call changes it."""
+        if self.action is not _Action.COPY or following.changed is None or following.hooked:
+            return False
+        assert self.returned is not None
+        return (
+            following.changed.same(self.returned.tree())
+            and following.changed.intact
+            and following.begun == self.ended
+        )
 
     @property
     def hooked(self) -> bool:
@@ -420,17 +464,33 @@ class _Call:
 
 def _plan(calls: Sequence[_Call], is_chain: bool = False) -> Iterator[_Step]:
     actions = [call.action for call in calls]
-    for call, action, following in zip(calls, actions, [*actions, _Action.RUN][1:], strict=True):
-        skipped = is_chain and _Action.RUN not in (action, following)
-        yield _Step(call.module, _Action.SKIP if skipped else action)
+    for place, (call, following) in enumerate(pairwise(calls)):
+        if call.is_advanced_by(following):
+            actions[place : place + 2] = [_Action.ADVANCE, _Action.PASS]
+    for call, action in zip(calls, _skipping(actions) if is_chain else actions, strict=True):
+        yield _Step(call.module, action)
         if action is _Action.RUN:
             yield from _plan(call.calls, call.is_chain)
+
+
+def _skipping(actions: Sequence[_Action]) -> Sequence[_Action]:
+    """The actions of a chain, without handing out what no call of it looks at."""
+    found: list[_Action] = []
+    wanted = True  # what the last call returns
+    for action in reversed(actions):
+        if action not in (_Action.RUN, _Action.PASS) and not wanted:
+            found.append(_Action.SKIP)
+        else:
+            found.append(action)
+        wanted = action is _Action.RUN or (action is _Action.PASS and wanted)
+    return found[::-1]
 
 
 class _Scout:
     """Writes down the calls before the layer's first one, as a tree."""
 
     def __init__(self, target: nn.Module) -> None:
+        self.counter = _counter()
         self.calls: list[_Call] = []
         self.done = False
         self._target = target
@@ -443,7 +503,7 @@ class _Scout:
         self.done = self.done or module is self._target
         if self.done:
             return forward(*args, **kwargs)
-        call, siblings = _Call(module, forward), self._siblings
+        call, siblings = _Call(module, forward, self.counter.count), self._siblings
         siblings.append(call)
         self._siblings = call.calls
         given = _Values((args, kwargs))
@@ -451,8 +511,10 @@ class _Scout:
             output = forward(*args, **kwargs)
         finally:
             self._siblings = siblings
+        call.ended = self.counter.count
         if not self.done:
             call.returned = _returned(given, (args, kwargs), output)
+            call.changed = _changed(args, kwargs, output)
         if call.returned is not None:
             places = call.returned.storages
             call.aliased = len({*places, *given.storages}) < len(places) + len({*given.storages})
@@ -463,12 +525,14 @@ class _Recorder:
     """Runs everything, and remembers what the steps say."""
 
     def __init__(self, steps: Sequence[_Step], target: nn.Module, stand_in: nn.Module) -> None:
+        self.counter = _counter()
         self.memory: list[_Values] = []
         self.fits = True
         self.done = False
         self._steps = iter(steps)
         self._target, self._stand_in = target, stand_in
         self._inside = False
+        self._advanced_at: int | None = None
 
     def call(
         self, module: nn.Module, forward: _Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -486,20 +550,34 @@ class _Recorder:
             self._misfit()
         if self.done or step.action is _Action.RUN:
             return forward(*args, **kwargs)
-        given = _Values((args, kwargs))
+        given, begun = _Values((args, kwargs)), self.counter.count
         self._inside = True
         try:
             output = forward(*args, **kwargs)
         finally:
             self._inside = False
-        self._keep(_returned(given, (args, kwargs), output), step.action)
+        if step.action is _Action.PASS:
+            self._keep_changed(_changed(args, kwargs, output), begun)
+        else:
+            self._keep(_returned(given, (args, kwargs), output), step.action)
         return output
 
     def _keep(self, returned: _Values | None, action: _Action) -> None:
         if returned is None:
             self._misfit()
-        elif self.fits and action is not _Action.SKIP:
+        elif not self.fits or action is _Action.SKIP:
+            pass
+        elif action is _Action.ADVANCE:
+            self._advanced_at = self.counter.count
+        else:
             self.memory.append(returned.copy() if action is _Action.COPY else returned)
+
+    def _keep_changed(self, changed: _Values | None, begun: int) -> None:
+        if changed is None or self._advanced_at not in (None, begun):
+            self._misfit()
+        elif self.fits and self._advanced_at is not None:
+            self.memory.append(changed)
+        self._advanced_at = None
 
     def _misfit(self) -> None:
         self.fits, self.done = False, True
@@ -534,6 +612,8 @@ class _Player:
             return forward(*args, **kwargs)
         if step.action is _Action.SKIP:
             return None
+        if step.action is _Action.PASS:
+            return args[0]
         return next(self._memory).tree(copied=step.action is _Action.COPY)
 
 
@@ -543,6 +623,14 @@ def _returned(given: _Values, inputs: Any, output: Any) -> _Values | None:
         return None
     returned = _Values(output)
     return returned if returned.known and returned.tensors else None
+
+
+def _changed(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> _Values | None:
+    """What a call returned if that is its only input, which it may have changed in place."""
+    if len(args) != 1 or kwargs or output is not args[0]:
+        return None
+    changed = _Values(output)
+    return changed if changed.known and changed.tensors else None
 
 
 def _is_plain(leaf: Any) -> bool:

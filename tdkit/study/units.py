@@ -21,6 +21,7 @@ from tdkit.layers import Layer
 from tdkit.metrics.base import Metric
 from tdkit.metrics.features import NotFiniteError, Watched, feature_errors
 from tdkit.study.finetuning import fine_tuned
+from tdkit.study.layouts import small_maps
 from tdkit.study.recipe import ImagesRecipe, StudyRecipe
 from tdkit.study.records import Baseline, Measurement, Trial, pack
 from tdkit.study.replay import dense_predictions, predictions, reason_of, replaced_predictions
@@ -61,7 +62,8 @@ def baseline(workspace: Workspace) -> Baseline:
         UsageError: If the images of the recipe are missing.
     """
     images = _Images(workspace, workspace.recipe.evaluation)
-    dense = dense_predictions(workspace.model, images)
+    with small_maps(workspace.model):
+        dense = dense_predictions(workspace.model, images)
     layers = workspace.layers
     unknown = any(layer.calls is None for layer in layers)
     return Baseline(
@@ -97,7 +99,8 @@ def measure(workspace: Workspace, trials: Sequence[Trial]) -> list[Measurement]:
         raise ValueError("the trials of a unit have one layer and one stage")
     # Two keeps may lead to one rank: the same candidate, measured once.
     distinct = list(dict.fromkeys(map(alike, trials)))
-    measured = dict(zip(distinct, _measured(workspace, distinct), strict=True))
+    with small_maps(workspace.model):
+        measured = dict(zip(distinct, _measured(workspace, distinct), strict=True))
     return [replace(measured[alike(trial)], trial=trial) for trial in trials]
 
 

@@ -568,6 +568,89 @@ def test_replays_are_used_where_they_are_right(forward: Callable[..., Any], repl
         assert in_stand_ins == 5 * 2 * per_pass
 
 
+class CountedReLU(nn.ReLU):
+    """Works in place, and counts how often it does."""
+
+    def __init__(self) -> None:
+        super().__init__(inplace=True)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+def changed_at_once(m: Model, x: Tensor) -> Tensor:
+    return m.head(m.layer(m.counted(m.active(m.stem(x)))))
+
+
+def read_before_the_change(m: Model, x: Tensor) -> Tensor:
+    y = m.stem(x)
+    before = y * 2
+    return m.head(m.layer(m.counted(m.active(y)) + before))
+
+
+def changed_twice(m: Model, x: Tensor) -> Tensor:
+    y = m.active(m.stem(x))
+    out = m.layer(m.counted(y) + y)
+    return m.head(y.mul_(2) + out)
+
+
+@pytest.mark.usefixtures("_no_fallback")
+@pytest.mark.parametrize(
+    ("forward", "runs"),
+    [
+        (changed_at_once, 0),
+        (read_before_the_change, 1),
+        (changed_twice, 1),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_what_is_changed_in_place_at_once_is_not_changed_again(
+    forward: Callable[..., Any], runs: int
+) -> None:
+    active = CountedReLU()
+    model = Model(forward, active=active)
+    target = layer_of(model, "layer")
+    batches = images(3, 3, shape=[4])
+    modules = [perturbed(model.layer, 1) for _ in range(5)]
+    check(model, target, modules, batches)
+    active.calls = 0
+    predictions(model, target, modules, batches)
+    # Scouting, two dense passes of the first batch and one to check it, one of the second.
+    assert active.calls - 5 == runs * 5 * 2
+
+
+@pytest.mark.usefixtures("_no_fallback")
+def test_a_chain_with_changes_in_place_keeps_what_its_next_call_needs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    memories = []
+    play = replay._Player.__init__
+
+    def noted(self: Any, steps: Any, memory: Any, *rest: Any) -> None:
+        memories.append(len(memory))
+        play(self, steps, memory, *rest)
+
+    monkeypatch.setattr(replay._Player, "__init__", noted)
+    active = CountedReLU()
+    model = nn.Sequential(
+        *(nn.Linear(4, 4), active), *(nn.Linear(4, 4), active), *(nn.Linear(4, 4), active),
+        *(nn.Linear(4, 4), nn.Linear(4, 3)),
+    )  # fmt: skip
+    batches = images(3, 3, shape=[4])
+    for name, kept in (("2", 1), ("4", 1), ("6", 1), ("7", 1)):
+        target = layer_of(model, name)
+        modules = stand_ins(model, target, 5)
+        active.calls = 0
+        memories.clear()
+        predictions(model, target, modules, batches)
+        assert set(memories) == {kept}
+        before, after = int(name) // 2, max(3 - int(name) // 2, 0)
+        assert active.calls == 5 * before + (5 + 5 * 2) * after
+        check(model, target, modules, batches)
+
+
 def test_steps_that_no_longer_fit_are_found_anew() -> None:
     model = Model(depends_on_data)
     stem = model.stem = Counted(4, 6)
@@ -759,6 +842,7 @@ def test_random_graphs(programs: list[Any], number: int, seed: int) -> None:
             nn.LeakyReLU(inplace=True),
             nn.Sequential(linear(), nn.LeakyReLU(inplace=True), nn.Dropout(0.5), linear()),
             nn.Sequential(nn.Identity(), nn.Tanh(), leaves[0]),
+            nn.Sequential(leaves[1], nn.LeakyReLU(inplace=True), leaves[2], nn.Dropout(0.5)),
         ]
         for steps in programs:
             pool.append(Program(steps, list(pool)))

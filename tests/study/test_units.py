@@ -24,7 +24,7 @@ from tdkit.layers import find_layers, replace_layer
 from tdkit.metrics import features, weights
 from tdkit.metrics.features import feature_errors
 from tdkit.specs import LayerSpec
-from tdkit.study import units
+from tdkit.study import layouts, units
 from tdkit.study.recipe import ImagesRecipe, StudyRecipe
 from tdkit.study.records import Measurement, Trial
 from tdkit.study.units import Workspace, baseline, measure
@@ -104,6 +104,30 @@ TRIALS = [
     Trial("conv", "tucker", 0.25, (3, 2), 0, 0),
     Trial("conv", "tt", 0.5, (5, 6, 5), 0, 0),
 ]
+
+
+class Watchful(Net):
+    """Notes how many modes of torch's functions it runs in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modes: set[int] = set()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.modes.add(torch._C._len_torch_function_stack())
+        return super().forward(x)
+
+
+def test_wide_convolutions_run_in_their_faster_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layouts, "_WIDE", 100)
+    model = Watchful()
+    workspace = opened(model)
+    model.modes.clear()
+    baseline(workspace)
+    assert model.modes == {1}
+    measure(workspace, TRIALS[:1])
+    assert model.modes == {1}
+    assert torch._C._len_torch_function_stack() == 0
 
 
 def by_hand(workspace: Workspace, trial: Trial) -> dict[str, Any]:

@@ -1,0 +1,139 @@
+"""Which layout convolutions run in, seen from outside by a mode of torch."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from tdkit.study.layouts import set_layouts, small_maps
+
+
+class Seen(TorchFunctionMode):
+    """Notes the layouts of features and weights that convolutions are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layouts: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.conv2d:
+            self.layouts.append("+".join(map(layout, args[:2])))
+        return func(*args, **kwargs or {})
+
+
+def layout(tensor: Tensor) -> str:
+    if tensor.is_contiguous():
+        return "both" if tensor.is_contiguous(memory_format=torch.channels_last) else "first"
+    assert tensor.is_contiguous(memory_format=torch.channels_last)
+    return "last"
+
+
+class Net(nn.Module):
+    def __init__(self, *convolutions: nn.Module) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, convolutions[0].in_channels, 3, padding=1)
+        self.body = nn.Sequential(*convolutions)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.stem(x)).mean((2, 3))
+
+
+def layouts_of(model: nn.Module, images: Tensor) -> list[str]:
+    set_layouts(model, [images[:1]])
+    with torch.no_grad(), Seen() as seen, small_maps(model):
+        model(images)
+    return seen.layouts[1:]  # the stem gets the images as they are
+
+
+WIDE = (256, 256, 3)
+
+
+@pytest.mark.parametrize(
+    ("convolution", "side", "expected"),
+    [
+        (nn.Conv2d(*WIDE, padding=1), 8, "first+first"),
+        (nn.Conv2d(*WIDE, padding=1, bias=False), 10, "first+first"),
+        (nn.Conv2d(*WIDE, padding=1), 11, "last+first"),
+        (nn.Conv2d(*WIDE, padding=1, groups=2), 8, "last+last"),
+        (nn.Conv2d(128, 128, 3, padding=1), 8, "last+last"),
+        (nn.Conv2d(1024, 1024, 1), 8, "last+both"),
+    ],
+)
+def test_wide_convolutions_of_small_maps_are_contiguous(
+    convolution: nn.Conv2d, side: int, expected: str
+) -> None:
+    assert layouts_of(Net(convolution), torch.randn(2, 3, side, side)) == [expected]
+
+
+def test_what_comes_after_and_beside_goes_its_own_way() -> None:
+    narrow = nn.Conv2d(256, 32, 3, padding=1)
+    model = Net(nn.Conv2d(*WIDE, padding=1), nn.ReLU(), narrow)
+    assert layouts_of(model, torch.randn(2, 3, 6, 6)) == ["first+first", "first+last"]
+
+
+def test_stages_of_a_stand_in_count_as_well() -> None:
+    model = Net(nn.Conv2d(512, 512, 3, padding=1))
+    images = torch.randn(2, 3, 4, 4)
+    layouts_of(model, images)
+    core = nn.Conv2d(300, 300, 3, padding=1, bias=False)
+    stages = nn.Conv2d(512, 300, 1, bias=False), core, nn.Conv2d(300, 512, 1)
+    model.body[0] = nn.Sequential(*stages)
+    dense = Net(nn.Conv2d(512, 512, 3))
+    with torch.no_grad(), Seen() as seen, small_maps(dense):
+        model(images)
+    # What is pointwise follows its input, and its weights lie either way at once.
+    assert seen.layouts == ["first+last", "last+both", "first+first", "first+both"]
+
+
+def test_outputs_and_values_stay_the_same() -> None:
+    torch.manual_seed(0)
+    model = Net(nn.Conv2d(*WIDE, padding=1), nn.ReLU(), nn.Conv2d(*WIDE, stride=2))
+    images = torch.randn(5, 3, 8, 8)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        expected = model(images)
+        set_layouts(model, [images[:1]])
+        with small_maps(model):
+            found = model(images)
+    torch.testing.assert_close(found, expected)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_gradients_pass() -> None:
+    model = Net(nn.Conv2d(*WIDE, padding=1))
+    with small_maps(model):
+        model(torch.randn(2, 3, 4, 4)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_other_ways_to_call_the_function() -> None:
+    weight, images = torch.randn(256, 256, 3, 3), torch.randn(1, 256, 4, 4)
+    with small_maps(Net(nn.Conv2d(*WIDE))):
+        for found in (
+            functional.conv2d(input=images, weight=weight),
+            functional.conv2d(images, weight=weight),
+            functional.conv2d(images[0], weight)[None],
+        ):
+            assert found.shape == (1, 256, 2, 2)
+
+
+def test_models_without_wide_convolutions_are_left_alone() -> None:
+    # A mode of torch turns the fast path of its transformer layers off.
+    with small_maps(Net(nn.Conv2d(8, 8, 3))):
+        assert torch._C._len_torch_function_stack() == 0
+    with small_maps(Net(nn.Conv2d(*WIDE))):
+        assert torch._C._len_torch_function_stack() == 1
+
+
+def test_a_model_that_views_its_features_stays_contiguous() -> None:
+    class Views(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(self.stem(x)).view(len(x), -1)
+
+    assert layouts_of(Views(nn.Conv2d(8, 8, 3)), torch.randn(2, 3, 6, 6)) == ["first+first"]
+    # Where a contiguous convolution comes last, its features can be viewed.
+    wide = Views(nn.Conv2d(*WIDE, padding=1))
+    assert layouts_of(wide, torch.randn(2, 3, 6, 6)) == ["first+first"]
