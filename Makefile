@@ -10,7 +10,7 @@ help:
 	@echo "make test    install into $(VENV), then check style, types and run the tests"
 	@echo "make demo    compress the bundled model and show what it costs before and after"
 	@echo "make check   style and types only"
-	@echo "make bench   measure everything, about half an hour, and write benchmarks/RESULTS.md"
+	@echo "make bench   measure everything, about an hour, and write benchmarks/RESULTS.md"
 	@echo "make clean   remove $(VENV) and what the demo wrote"
 
 install: $(INSTALLED)

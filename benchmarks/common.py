@@ -112,6 +112,22 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
+def show_profile(name: str, work: Callable[[], object], most: int = 8) -> None:
+    """Print the operators of torch that take the most time of their own, in a second run."""
+    from torch.profiler import ProfilerActivity, profile
+
+    work()
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        seconds, _ = timed(work)
+    events = sorted(found.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    print(f"\n### Where the time goes in {name} ({seconds:.3f} s)\n")
+    header("operator", "calls", "own time, ms", "share")
+    total = sum(event.self_cpu_time_total for event in events)
+    for event in events[:most]:
+        taken = event.self_cpu_time_total
+        row(f"`{event.key}`", event.count, f"{taken / 1e3:.1f}", f"{100 * taken / total:.0f} %")
+
+
 def threads() -> str:
     """How many threads torch uses within an operation."""
     import torch

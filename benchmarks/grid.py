@@ -15,7 +15,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from common import MIB, demand, header, median_seconds, options, plural, row, run_child, timed
+from common import (
+    MIB,
+    demand,
+    header,
+    median_seconds,
+    options,
+    plural,
+    row,
+    run_child,
+    show_profile,
+    timed,
+)
 from torch import nn
 
 from tdkit.candidates import COMPRESSION_KEEPS, PAPER_KEEPS, Grid, score
@@ -81,7 +92,7 @@ def show_keeps(channels: int, repeats: int) -> None:
     print(
         f"Asked: flat for svd, tucker and tt. Medians of {plural(repeats, 'run')}; the keeps are"
         " evenly spread over tdkit's default ones. tt takes the spectrum of a small matrix for"
-        " every new pair of ranks at its ends.\n"
+        " every new pair of ranks at its ends; below are the profiles of the first and last row.\n"
     )
     header("keeps", *(f"{name}, s" for name in DIRECT))
     model = convolutions(1, channels)
@@ -97,6 +108,10 @@ def show_keeps(channels: int, repeats: int) -> None:
         row(count, *(f"{found[name, count]:.3f}" for name in DIRECT))
     growth = [found[name, KEEPS[-1]] / found[name, KEEPS[0]] for name in DIRECT]
     row(f"{KEEPS[-1]} keeps : {KEEPS[0]}", *(f"{value:.2f}×" for value in growth))
+    tt = {"tt": DIRECT["tt"]}
+    for count in (KEEPS[0], KEEPS[-1]):
+        name = f"tt at {plural(count, 'keep')}"
+        show_profile(name, lambda count=count: scored(model, tt, spread(count)), most=5)
 
 
 def spread(count: int) -> tuple[float, ...]:

@@ -25,13 +25,15 @@ from common import (
     plural,
     row,
     run_child,
+    show_profile,
     threads,
     timed,
 )
-from torch import nn
-from torch.profiler import ProfilerActivity, profile
+from torch import Tensor, nn
 
+from tdkit.candidates import PAPER_KEEPS
 from tdkit.decompositions.cp import Cp
+from tdkit.decompositions.hosvd import Hosvd, hosvd
 from tdkit.decompositions.tucker import Tucker
 from tdkit.specs import LayerSpec, spec_of
 
@@ -63,6 +65,7 @@ def main() -> None:
     )
     show_shares(conv, (256, 512) if given.quick else (1024, 2048), repeats)
     show_profiles(conv)
+    show_precisions(conv, repeats)
     show_start(3 if given.quick else 7)
 
 
@@ -124,18 +127,52 @@ def show_profiles(conv: nn.Conv2d) -> None:
     show_profile("the HOSVD", lambda: Tucker().prepare(layer, weight))
 
 
-def show_profile(name: str, work: Callable[[], object], most: int = 8) -> None:
-    """The operators that take the most time of their own."""
-    work()
-    with profile(activities=[ProfilerActivity.CPU]) as found:
-        seconds, _ = timed(work)
-    events = sorted(found.key_averages(), key=lambda event: -event.self_cpu_time_total)
-    print(f"\n### Where the time goes in {name} ({seconds:.3f} s)\n")
-    header("operator", "calls", "own time, ms", "share")
-    total = sum(event.self_cpu_time_total for event in events)
-    for event in events[:most]:
-        taken = event.self_cpu_time_total
-        row(f"`{event.key}`", event.count, f"{taken / 1e3:.1f}", f"{100 * taken / total:.0f} %")
+def show_precisions(conv: nn.Conv2d, repeats: int) -> None:
+    """What the HOSVD in float32 would gain and lose, on weights whose energies fall differently."""
+    print("\n### The HOSVD in float32\n")
+    print(
+        "Channel energies fall like n^(-2p) in both modes; p = 0 is noise. The truth is the norm of"
+        " what the factors leave out, in float64; errors are relative to the norm of the weight."
+        " Bases from float32 mix the small directions, so a truncation that should leave little"
+        " leaves too much: tdkit stays in float64.\n"
+    )
+    header(
+        "p", "precision", "s", *(f"error at keep {keep}" for keep in PAPER_KEEPS),
+        "largest deviation from the truth",
+    )  # fmt: skip
+    layer = spec_of(conv)
+    ranks = [Tucker().rank(layer, keep) for keep in PAPER_KEEPS]
+    for power in (0.0, 0.5, 1.0, 2.0):
+        weight = decaying(conv.weight.detach().double(), power)
+        for name, dtype in DTYPES.items():
+            cast = weight.to(dtype)[None]
+            seconds = median_seconds(lambda cast=cast: hosvd(cast), repeats)
+            found = hosvd(cast)
+            true = [left_out(weight, found, rank) for rank in ranks]
+            told = [math.sqrt(max(0.0, float(found.squared[rank]))) for rank in ranks]
+            deviation = max(abs(t / e - 1) for t, e in zip(told, true, strict=True))
+            row(
+                f"{power:g}", name, f"{seconds:.3f}", *(f"{error:.3g}" for error in true),
+                f"{deviation:.0e}",
+            )  # fmt: skip
+
+
+def decaying(noise: Tensor, power: float) -> Tensor:
+    """A weight of norm 1 whose channels in some basis have energies that fall."""
+    out, channels = noise.shape[:2]
+    left, right = (torch.linalg.qr(torch.randn(n, n).double()).Q for n in (out, channels))
+    scale_out, scale_in = (torch.arange(1, n + 1).double() ** -power for n in (out, channels))
+    core = noise * scale_out[:, None, None, None] * scale_in[None, :, None, None]
+    weight = torch.einsum("rsab,or,is->oiab", core, left, right)
+    return weight / weight.norm()
+
+
+def left_out(weight: Tensor, found: Hosvd, rank: tuple[int, int]) -> float:
+    """The norm of a weight less its truncated HOSVD."""
+    r_out, r_in = rank
+    core = found.core[0, :r_out, :r_in].double()
+    bases = found.basis_out[0, :, :r_out].double(), found.basis_in[0, :, :r_in].double()
+    return float((weight - torch.einsum("rsab,or,is->oiab", core, *bases)).norm())
 
 
 def show_start(repeats: int) -> None:

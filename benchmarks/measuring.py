@@ -1,25 +1,32 @@
 """Performance errors of a study: one full forward pass per candidate against replayed passes.
 
     python benchmarks/measuring.py [--model garipov] [--images 1000] [--batch-size 50]
+    python benchmarks/measuring.py --images 10000 --repeats 1 --layer conv2 [--rows FILE]
 
 The candidates are those of the paper: its layers (Tables 2 and 4) under CP, Tucker and TT at five
 keeps, proportional ranks. All ways see the same batches of the same images in the same process,
 layer by layer in turn. GaripovNet has its bundled weights and Fashion-MNIST's test images;
 ResNet-18 has random weights, and noise where CIFAR-10 is not found: the time is the same.
 
-Plain passes run the model as it is. A study puts channels last and replays; full passes in that
-layout tell the two apart, and a replay has to predict as they do, to the last image. "MACs allow"
-is the ratio if time went by multiply-accumulates: what comes before a layer is saved, the
-candidate and what comes after it is not. Both ways take the same time for every batch, but the
-first of a replay comes with three more passes: few images understate the ratio.
+Plain passes run the model as it is. A study chooses the memory layout of each convolution and
+replays; full passes in those layouts tell the two apart, and a replay has to predict as they do,
+to the last image. "MACs allow" is the ratio if time went by multiply-accumulates: what comes
+before a layer is saved, the candidate and what comes after it is not. Both ways take the same time
+for every batch, but the first of a replay comes with three more passes: few images understate the
+ratio.
+
+Ten thousand images take minutes for each layer. With ``--layer`` one is measured, and with
+``--rows`` its row is kept in a file; the last line is then the sum of all layers in that file.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -37,6 +44,7 @@ from tdkit.errors import TdkitError
 from tdkit.layers import Layer, find_layers, replace_layer
 from tdkit.metrics.features import RELATIVE, Watched
 from tdkit.registry import load_registry
+from tdkit.study.layouts import set_layouts, small_maps
 from tdkit.study.replay import predictions, replaced_predictions
 
 LAYERS = {
@@ -97,13 +105,18 @@ def main() -> None:
         f" {plural(given.repeats, 'run')} in turn. Asked: 2.5×.\n"
     )
     header(
-        "layer", "candidates", "plain passes, s", "channels last, s", "replayed, s",
-        "plain : replayed", "channels last : replayed", "MACs allow",
-        "same predictions as channels last", "as plain",
+        "layer", "candidates", "plain passes, s", "in a study's layouts, s", "replayed, s",
+        "plain : replayed", "layouts : replayed", "MACs allow",
+        "same predictions as in these layouts", "as plain",
     )  # fmt: skip
-    found = [compared(model, name, batches, given.repeats) for name in LAYERS[given.model]]
-    show("all", total(found))
-    show_memory(given)
+    names = [given.layer] if given.layer else LAYERS[given.model]
+    found = {name: compared(model, name, batches, given.repeats) for name in names}
+    if given.rows:
+        found = kept(given.rows, found)
+    if len(found) > 1:
+        show("all" if len(found) == len(LAYERS[given.model]) else ", ".join(found), total(found))
+    if not given.layer:
+        show_memory(given)
 
 
 def arguments() -> argparse.Namespace:
@@ -113,11 +126,27 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--layer", help="this one alone")
+    parser.add_argument("--rows", type=Path, help="a file of rows, for the sum of all layers")
     parser.add_argument("--rounds", type=int, default=0, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.layer not in (None, *LAYERS[given.model]):
+        parser.error(f"the layers of {given.model} are {', '.join(LAYERS[given.model])}")
     if given.quick:
         given.images, given.batch_size, given.repeats = 8, 4, 1
     return given
+
+
+def kept(path: Path, found: dict[str, Compared]) -> dict[str, Compared]:
+    """All rows of a file, with these in it; rows of another number of images are left out."""
+    old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    rows = {name: Compared(**values) for name, values in old.items()} | found
+    images = {row.images for row in found.values()}
+    rows = {name: row for name, row in rows.items() if row.images in images}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = {name: asdict(row) for name, row in rows.items()}
+    path.write_text(json.dumps(values, indent=1), encoding="utf-8")
+    return rows
 
 
 def show(name: str, found: Compared) -> None:
@@ -130,7 +159,8 @@ def show(name: str, found: Compared) -> None:
     )  # fmt: skip
 
 
-def total(parts: Sequence[Compared]) -> Compared:
+def total(rows: Mapping[str, Compared]) -> Compared:
+    parts = list(rows.values())
     full = sum(part.full for part in parts)
     return Compared(
         candidates=sum(part.candidates for part in parts),
@@ -196,11 +226,12 @@ def compared(model: nn.Module, name: str, batches: Sequence[Tensor], repeats: in
     modules = [candidate.module for candidate in candidates]
     seconds: list[tuple[float, float, float]] = []
     for _ in range(repeats):
-        with_layout(torch.contiguous_format, model, modules)
+        model.to(memory_format=torch.contiguous_format)
         plain, plainly = timed(lambda: full_passes(model, layer, modules, batches))
-        with_layout(torch.channels_last, model, modules)
-        full, expected = timed(lambda: full_passes(model, layer, modules, batches))
-        replayed, found = timed(lambda: replaced_predictions(model, layer, modules, batches))
+        set_layouts(model, [batches[0][:1]])
+        with small_maps(model):
+            full, expected = timed(lambda: full_passes(model, layer, modules, batches))
+            replayed, found = timed(lambda: replaced_predictions(model, layer, modules, batches))
         seconds.append((plain, full, replayed))
     plain, full, replayed = map(median, zip(*seconds, strict=True))
     result = Compared(
@@ -209,13 +240,6 @@ def compared(model: nn.Module, name: str, batches: Sequence[Tensor], repeats: in
     )  # fmt: skip
     show(name, result)
     return result
-
-
-def with_layout(
-    layout: torch.memory_format, model: nn.Module, stand_ins: Sequence[nn.Module]
-) -> None:
-    for module in (model, *stand_ins):
-        module.to(memory_format=layout)
 
 
 def allowed(layers: Sequence[Layer], layer: Layer, candidates: Sequence[StandIn]) -> float:
@@ -269,13 +293,14 @@ def measure_alone(given: argparse.Namespace) -> None:
     """The child process: round after round of a layer's candidates, each built anew."""
     model, shape = opened(given.model)
     batches, _ = images(given, shape)
-    model.to(given.device, memory_format=torch.channels_last)
+    set_layouts(model.to(given.device), [batches[0][:1]])
     layers = find_layers(model, inputs=[batches[0][:1]])
     layer = next(layer for layer in layers if layer.name == LAYERS[given.model][0])
     for _ in range(given.rounds):
         modules = [candidate.module for candidate in stand_ins(model, layer)]
         watch = Watched(layer.name, modules, [RELATIVE])
-        predictions(model, layer, modules, batches, watch=watch)
+        with small_maps(model):
+            predictions(model, layer, modules, batches, watch=watch)
 
 
 if __name__ == "__main__":

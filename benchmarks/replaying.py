@@ -2,7 +2,7 @@
 
     python benchmarks/replaying.py [--images 200]
 
-Candidates of one layer in the middle of each model, channels last, as `measuring.py` has them. An
+Candidates of one layer in the middle of each model, in a study's layouts, as in `measuring.py`. An
 operator that takes as long on both sides belongs to what a replay has to run: the candidate and
 what comes after it.
 """
@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 
-import torch
 from common import header, options, plural, ratio, row, threads
-from measuring import full_passes, images, opened, stand_ins, with_layout
+from measuring import full_passes, images, opened, stand_ins
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from tdkit.layers import find_layers
+from tdkit.study.layouts import set_layouts, small_maps
 from tdkit.study.replay import replaced_predictions
 
 MIDDLE = {"garipov": "conv4", "resnet18-cifar": "layer3.0.conv2"}
@@ -41,9 +41,10 @@ def show(given: argparse.Namespace, name: str) -> None:
     batches, note = images(given, shape)
     layer = next(each for each in find_layers(model, inputs=[batches[0][:1]]) if each.name == name)
     modules: Sequence[nn.Module] = [each.module for each in stand_ins(model, layer)]
-    with_layout(torch.channels_last, model, modules)
-    full = operators(lambda: full_passes(model, layer, modules, batches))
-    replayed = operators(lambda: replaced_predictions(model, layer, modules, batches))
+    set_layouts(model, [batches[0][:1]])
+    with small_maps(model):
+        full = operators(lambda: full_passes(model, layer, modules, batches))
+        replayed = operators(lambda: replaced_predictions(model, layer, modules, batches))
     print(
         f"\n### `{name}` of {given.model}, {plural(len(modules), 'candidate')},"
         f" {plural(given.images, 'image')}{note}, {threads()}\n"

@@ -27,6 +27,9 @@ RESULTS = FOLDER / "RESULTS.md"
 LIMIT = 600.0
 HEADING = "## "
 
+# Where rows of one layer each wait for their sum.
+ROWS = "--rows build/measuring-garipov.json"
+
 
 @dataclass(frozen=True)
 class Program:
@@ -66,21 +69,22 @@ PROGRAMS = (
     Program(
         "measuring-garipov",
         "4. Measuring: GaripovNet",
-        ("measuring.py", "--model", "garipov", "--images", "400"),
+        ("measuring.py", *"--model garipov --images 400".split()),
     ),
     Program(
         "measuring-resnet18",
         "4. Measuring: ResNet-18",
-        (
-            "measuring.py",
-            "--model",
-            "resnet18-cifar",
-            "--images",
-            "500",
-            "--repeats",
-            "1",
-        ),
+        ("measuring.py", *"--model resnet18-cifar --images 500 --repeats 1".split()),
     ),
+    *(
+        Program(
+            f"measuring-{layer}",
+            f"4. Measuring: GaripovNet on 10,000 images, {layer}",
+            ("measuring.py", *f"--images 10000 --repeats 1 --layer {layer} {ROWS}".split()),
+        )
+        for layer in ("conv2", "conv3", "conv4", "conv5", "conv6")
+    ),
+    Program("layouts", "4. Measuring: memory layouts", ("layouts.py",)),
     Program("replaying", "4. Measuring: where the time goes", ("replaying.py",)),
     Program("latency", "5. Latency of the compressed model", ("latency.py",)),
     Program("machine", "6. How close to the machine", ("machine.py",)),

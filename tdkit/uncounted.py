@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from tdkit.layers import Layer, copies, trial
+from tdkit.operators import OperatorMode
 
 
 def outside_macs(model: nn.Module, layers: Sequence[Layer], inputs: Sequence[Any]) -> int | None:
@@ -56,18 +56,13 @@ def left_out(macs: int | None, layers: Sequence[Layer]) -> str | None:
     return f"MACs leave out {macs:,} per input that are {where}{idle}"
 
 
-class _Products(TorchDispatchMode):
+class _Products(OperatorMode):
     """Adds up torch's formulas for matrix products and convolutions.
 
     Its own FlopCounterMode does so too, and imports the compiler, which takes as long as torch.
     """
 
     flops = 0
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # To be left out of compiled code it would have to import the compiler.
-        return False
 
     def __torch_dispatch__(
         self,

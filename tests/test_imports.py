@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "tdkit"
 # From the bottom up. A module imports from lower levels and from its own package only.
 LEVELS = (
     {"errors"},
-    {"hookspecs", "specs"},
+    {"hookspecs", "operators", "specs"},
     {"costs"},
     {"layers"},
     {"decompositions", "metrics", "models", "datasets", "planners", "checkpoint"},
@@ -183,6 +183,27 @@ def test_inspect_does_not_wait_for_the_compiler() -> None:
         [sys.executable, "-c", INSPECT], capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "True False"
+
+
+REPLAY = """
+import sys
+
+import torch
+from torch import nn
+
+from tdkit.layers import find_layers
+from tdkit.study.replay import predictions
+
+model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True), nn.Linear(3, 3), nn.Linear(3, 2))
+layer = next(each for each in find_layers(model, keep_ends=False) if each.name == "2")
+predictions(model, layer, [nn.Linear(3, 3)], [torch.rand(4, 3)])
+print("torch._dynamo" in sys.modules)
+"""
+
+
+def test_replays_do_not_wait_for_the_compiler() -> None:
+    done = subprocess.run([sys.executable, "-c", REPLAY], capture_output=True, text=True)
+    assert done.stdout.split() == ["False"], done.stderr
 
 
 def test_the_public_api_is_what_it_says() -> None:

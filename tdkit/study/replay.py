@@ -27,10 +27,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdkit.errors import TdkitError, UnsupportedError, UsageError
 from tdkit.layers import Layer, copies, first_line, mode, replace_layer, trial
+from tdkit.operators import OperatorMode
 
 Watch = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Any], None]
 """Called with the layer, its arguments, its options and its output, like a forward hook."""
@@ -348,7 +348,7 @@ def _counter() -> _Counter:
     return _Counter()  # type: ignore[no-untyped-call]
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(OperatorMode):
     """Counts the operators of torch that run."""
 
     count = 0
