@@ -39,18 +39,16 @@ class Program:
         name: What selects it on the command line.
         title: The section's heading.
         arguments: The file in this folder, and its arguments.
-        quick: Its arguments for a short trial.
     """
 
     name: str
     title: str
-    arguments: tuple[str, ...]
-    quick: tuple[str, ...] = ("--quick",)
+    arguments: str
 
     @property
     def command(self) -> str:
         """How to reproduce the section."""
-        return " ".join(["python", f"benchmarks/{self.arguments[0]}", *self.arguments[1:]])
+        return f"python benchmarks/{self.arguments}"
 
 
 @dataclass(frozen=True)
@@ -63,32 +61,32 @@ class Outcome:
 
 
 PROGRAMS = (
-    Program("scoring", "1. Scoring: every rank from one preparation", ("scoring.py",)),
-    Program("cp", "2. CP by ALS", ("cp.py",)),
-    Program("grid", "3. The default grid", ("grid.py",)),
+    Program("scoring", "1. Scoring: every rank from one preparation", "scoring.py"),
+    Program("cp", "2. CP by ALS", "cp.py"),
+    Program("grid", "3. The default grid", "grid.py"),
     Program(
         "measuring-garipov",
         "4. Measuring: GaripovNet",
-        ("measuring.py", *"--model garipov --images 400".split()),
+        "measuring.py --model garipov --images 400",
     ),
     Program(
         "measuring-resnet18",
         "4. Measuring: ResNet-18",
-        ("measuring.py", *"--model resnet18-cifar --images 500 --repeats 1".split()),
+        "measuring.py --model resnet18-cifar --images 500 --repeats 1",
     ),
     *(
         Program(
             f"measuring-{layer}",
             f"4. Measuring: GaripovNet on 10,000 images, {layer}",
-            ("measuring.py", *f"--images 10000 --repeats 1 --layer {layer} {ROWS}".split()),
+            f"measuring.py --images 10000 --repeats 1 --layer {layer} {ROWS}",
         )
         for layer in ("conv2", "conv3", "conv4", "conv5", "conv6")
     ),
-    Program("layouts", "4. Measuring: memory layouts", ("layouts.py",)),
-    Program("replaying", "4. Measuring: where the time goes", ("replaying.py",)),
-    Program("latency", "5. Latency of the compressed model", ("latency.py",)),
-    Program("machine", "6. How close to the machine", ("machine.py",)),
-    Program("linear", "7. A large Linear", ("linear.py",)),
+    Program("layouts", "4. Measuring: memory layouts", "layouts.py"),
+    Program("replaying", "4. Measuring: where the time goes", "replaying.py"),
+    Program("latency", "5. Latency of the compressed model", "latency.py"),
+    Program("machine", "6. How close to the machine", "machine.py"),
+    Program("linear", "7. A large Linear", "linear.py"),
 )
 
 
@@ -124,8 +122,8 @@ def arguments() -> argparse.Namespace:
 
 def run(program: Program, quick: bool) -> Outcome:
     """Run a program in a process group of its own, which is ended when its time is up."""
-    file, *rest = program.arguments
-    command = [sys.executable, str(FOLDER / file), *rest, *(program.quick if quick else ())]
+    file, *rest = program.arguments.split()
+    command = [sys.executable, str(FOLDER / file), *rest, *(["--quick"] if quick else [])]
     start = time.perf_counter()
     with subprocess.Popen(
         command,
