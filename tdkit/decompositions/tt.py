@@ -76,22 +76,26 @@ class TensorTrain(Decomposition):
 
 
 @dataclass(frozen=True)
-class _Table:
-    """Ranks to choose from: their sizes and bounds, (middles, last, first); inf where unrealizable.
+class _Trains:
+    """Trains but for the rank at the input's end, (middles, last).
 
     Attributes:
-        first: Ranks at the input's end.
         middles: Inner ranks, none where there is one axis.
-        last: Ranks at the output's end.
-        sizes: Parameters.
-        bounds: Squared errors, at most.
+        last: Ranks at the output's end, (last,).
+        lost: Squared error of the inner cuts, at most, (middles, 1).
+        size: Parameters that do not depend on the first rank.
+        growth: Parameters for each of the first rank.
+        least: The first rank that leaves the second one realizable.
+        most: The largest first rank that is realizable; 0 where none is.
     """
 
-    first: Tensor
     middles: tuple[tuple[int, ...], ...]
     last: Tensor
-    sizes: Tensor
-    bounds: Tensor
+    lost: Tensor
+    size: Tensor
+    growth: Tensor
+    least: Tensor
+    most: Tensor
 
 
 class PreparedTensorTrain(Prepared):
@@ -112,19 +116,20 @@ class PreparedTensorTrain(Prepared):
         self._latest_cut: tuple[tuple[int, int], Tensor, Tensor] | None = None
 
     def best_rank(self, parameters: int) -> tuple[int, ...]:
-        """The rank of least bound on the error that fits, over a grid of end and middle ranks.
+        """The rank of least bound on the error that fits, over all end and a grid of middle ranks.
 
         The bound is exact in the cuts at the ends and, in the middle ones, the tail of the whole
-        weight's unfolding.
+        weight's unfolding. It falls with each rank, so the largest first rank that fits is taken.
         """
-        table = self._table
-        fitting = torch.where(table.sizes <= parameters, table.bounds, math.inf)
-        place = int(fitting.argmin())
-        if not math.isfinite(float(fitting.flatten()[place])):
+        trains = self._trains
+        first = (parameters - trains.size).div(trains.growth, rounding_mode="floor")
+        first = first.clamp(max=trains.most)
+        bounds = self._ends[trains.last, first.clamp(min=0)] + trains.lost
+        bounds = torch.where(first >= trains.least, bounds, math.inf)
+        cut, column = divmod(int(bounds.argmin()), len(trains.last))
+        if not math.isfinite(float(bounds[cut, column])):
             return (1,) * (len(self._shape) - 1)
-        rest, column = divmod(place, len(table.first))
-        cut, row = divmod(rest, len(table.last))
-        return (int(table.first[column]), *table.middles[cut], int(table.last[row]))
+        return (int(first[cut, column]), *trains.middles[cut], int(trains.last[column]))
 
     def unit_error(self, rank: Rank) -> float:
         """The root of the squared truncation errors, from tables and spectra."""
@@ -183,16 +188,33 @@ class PreparedTensorTrain(Prepared):
         return self._latest_cut[1:]
 
     @cached_property
-    def _table(self) -> _Table:
-        first, last = (_steps(n) for n in reversed(self._hosvd.squared.shape))
-        ends = self._hosvd.squared.cpu()[last][:, first]
-        middles, sizes, bounds = [], [], []
-        for middle, lost in self._middles:
-            size_of, fits = _grid(self._shape, first, middle, last)
-            middles.append(middle)
-            sizes.append(size_of)
-            bounds.append(torch.where(fits, ends + lost, math.inf))
-        return _Table(first, tuple(middles), last, torch.stack(sizes), torch.stack(bounds))
+    def _ends(self) -> Tensor:
+        """Squared errors of the cuts at the ends, (last + 1, first + 1)."""
+        return self._hosvd.squared.cpu()
+
+    @cached_property
+    def _trains(self) -> _Trains:
+        middles, lost = zip(*self._middles, strict=True)
+        last = torch.arange(1, self._ends.shape[0])
+        parts = [self._without_first(middle, last) for middle in middles]
+        size_of, growth, least, most = map(torch.stack, zip(*parts, strict=True))
+        losses = torch.tensor(lost, dtype=torch.float64)[:, None]
+        return _Trains(middles, last, losses, size_of, growth, least, most)
+
+    def _without_first(self, middle: tuple[int, ...], last: Tensor) -> tuple[Tensor, ...]:
+        """Size, growth, least and most of the trains with these inner ranks, each (last,)."""
+        kernel = self._shape[1:-1]
+        second = torch.tensor(middle[0]).expand_as(last) if middle else last
+        most = (kernel[0] * second).clamp(max=self._ends.shape[1] - 1)
+        if middle:
+            fits = (last <= kernel[-1] * middle[-1]) & (middle[-1] <= kernel[-1] * last)
+            most = torch.where(fits, most, 0)
+        return (
+            _chain(self._shape[2:], (*middle, last, 1)),
+            self._shape[0] + kernel[0] * second,
+            second.add(kernel[0] - 1).div(kernel[0], rounding_mode="floor"),
+            most,
+        )
 
     @cached_property
     def _middles(self) -> list[tuple[tuple[int, ...], float]]:
@@ -219,30 +241,15 @@ def _in_basis(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return basis, basis.mT @ matrix
 
 
-def size(shape: Sequence[int], rank: Sequence[Any]) -> Any:
+def size(shape: Sequence[int], rank: Sequence[int]) -> int:
     """The number of parameters of a train over modes of this shape, with these inner ranks."""
-    ends = (1, *rank, 1)
-    return sum(a * n * b for a, n, b in zip(ends, shape, ends[1:], strict=False))
+    total: int = _chain(shape, (1, *rank, 1))
+    return total
 
 
-def _grid(
-    shape: tuple[int, ...], first: Tensor, middle: tuple[int, ...], last: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Sizes of the trains with these ranks, (last, first), and which of them can be realized."""
-    a, z = first[None, :], last[:, None]
-    if not middle:
-        return size(shape, (a, z)), (a <= shape[1] * z) & (z <= shape[1] * a)
-    inner = sum(b * n * c for b, n, c in zip(middle, shape[2:-2], middle[1:], strict=False))
-    sizes = (
-        shape[0] * a + a * shape[1] * middle[0] + inner + middle[-1] * shape[-2] * z + z * shape[-1]
-    )
-    fits = (
-        (a <= shape[1] * middle[0])
-        & (z <= shape[-2] * middle[-1])
-        & (middle[0] <= shape[1] * a)
-        & (middle[-1] <= shape[-2] * z)
-    )
-    return sizes, fits
+def _chain(shape: Sequence[int], ranks: Sequence[Any]) -> Any:
+    """Parameters of carriages over these modes, between these ranks."""
+    return sum(a * n * b for a, n, b in zip(ranks, shape, ranks[1:], strict=False))
 
 
 def _steps(n: int, most: int = 96) -> Tensor:

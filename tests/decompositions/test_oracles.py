@@ -1,5 +1,6 @@
 """The decompositions against tensorly, SciPy and the theorems they rest on."""
 
+import itertools
 import math
 
 import numpy as np
@@ -259,6 +260,43 @@ def test_the_best_tucker_rank_is_that_of_brute_force() -> None:
         allowed = int(keep * weight.numel())
         fitting = [p for p in pairs if count(got.method.stages(got.group, p)) <= allowed]
         assert got.error(got.rank(keep)) == pytest.approx(min(map(got.error, fitting)))
+
+
+@pytest.mark.parametrize("shape", [(7, 6, 3, 3), (6, 7, 2, 3), (3, 9, 3, 1), (8, 5, 3)])
+def test_the_best_tt_rank_is_that_of_brute_force(shape: tuple[int, ...]) -> None:
+    weight = smooth_weight(*shape)
+    layer = spec_of((nn.Conv2d if len(shape) == 4 else nn.Conv1d)(shape[1], shape[0], shape[2:]))
+    got = TensorTrain().prepare(layer, weight)
+    train = weight.movedim(0, -1)
+    left, right = (torch.linalg.svd(weight.movedim(n, 0).flatten(1)).U for n in (1, 0))
+    core = torch.einsum("i...o,ia,oz->a...z", train, left, right)
+    total = float(weight.square().sum())
+    inner = torch.linalg.svdvals(train.flatten(0, 1).flatten(1)) if len(shape) == 4 else None
+
+    def bound(rank: tuple[int, ...]) -> float:
+        ends = total - float(core[: rank[0], ..., : rank[-1]].square().sum())
+        return ends + (float(inner[rank[1] :].square().sum()) if inner is not None else 0.0)
+
+    sides = (1, shape[1], *shape[2:], shape[0], 1)
+    most = [min(math.prod(sides[:k]), math.prod(sides[k:])) for k in range(2, len(shape) + 1)]
+    everything = itertools.product(*(range(1, top + 1) for top in most))
+    modes = sides[1:-1]
+    realizable = [
+        rank
+        for rank in everything
+        if all(
+            after <= before * n and before <= after * n
+            for before, n, after in zip(rank, modes[1:], rank[1:], strict=False)
+        )
+    ]
+    for keep in (0.25, 0.4, 0.6, 0.9):
+        allowed = int(keep * weight.numel())
+        expected = min(map(bound, [r for r in realizable if size(modes, r) <= allowed]))
+        best = got.best_rank(allowed)
+        assert best in realizable
+        assert size(modes, best) <= allowed
+        assert bound(best) == pytest.approx(expected, rel=1e-9)
+    assert set(got.best_rank(1)) == {1}
 
 
 def test_the_tt_size_is_that_of_its_stages() -> None:
