@@ -37,7 +37,7 @@ def set_layouts(model: nn.Module, inputs: Sequence[Any]) -> None:
     try:
         model.to(memory_format=torch.channels_last)
         for module in model.modules():
-            if isinstance(module, nn.Conv2d) and _is_wide(module.weight):
+            if _has_wide_weight(module):
                 module.to(memory_format=torch.contiguous_format)
         with trial(model), small_maps(model):
             model(*copies(inputs))
@@ -52,7 +52,7 @@ def small_maps(model: nn.Module) -> Iterator[None]:
     This goes for all that runs inside, so also for stand-ins of a layer. Nothing else changes,
     and nothing does for a model without such convolutions.
     """
-    if any(isinstance(m, nn.Conv2d) and _is_wide(m.weight) for m in model.modules()):
+    if any(map(_has_wide_weight, model.modules())):
         with _SmallMaps():
             yield
     else:
@@ -75,7 +75,13 @@ class _SmallMaps(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
-def _is_wide(weight: Tensor) -> bool:
+def _has_wide_weight(module: nn.Module) -> bool:
+    # A subclass may have done away with its weight.
+    return isinstance(module, nn.Conv2d) and _is_wide(getattr(module, "weight", None))
+
+
+def _is_wide(weight: Any) -> bool:
+    if not isinstance(weight, Tensor) or not weight.is_cpu or weight.numel() < _WIDE:
+        return False
     # A pointwise convolution is a matrix product, which is as fast either way.
-    pointwise = math.prod(weight.shape[2:]) == 1
-    return weight.is_cpu and not pointwise and weight.numel() >= _WIDE
+    return math.prod(weight.shape[2:]) > 1

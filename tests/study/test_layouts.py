@@ -120,6 +120,21 @@ def test_other_ways_to_call_the_function() -> None:
             assert found.shape == (1, 256, 2, 2)
 
 
+def test_a_convolution_that_has_no_weight_is_none_of_these() -> None:
+    class Averages(nn.Conv2d):
+        def __init__(self) -> None:
+            super().__init__(3, 3, 3)
+            del self.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.avg_pool2d(x, 3)
+
+    model = Averages()
+    set_layouts(model, [torch.randn(1, 3, 6, 6)])
+    with small_maps(model):
+        assert torch._C._len_torch_function_stack() == 0
+
+
 def test_models_without_wide_convolutions_are_left_alone() -> None:
     # A mode of torch turns the fast path of its transformer layers off.
     with small_maps(Net(nn.Conv2d(8, 8, 3))):
