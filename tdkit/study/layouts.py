@@ -28,7 +28,8 @@ _SMALL = 100
 def set_layouts(model: nn.Module, inputs: Sequence[Any]) -> None:
     """Put channels last, but for wide convolutions on a CPU.
 
-    A model that cannot run so, since it views its features, stays contiguous.
+    A model that cannot run with channels last everywhere, since it views its features, stays
+    contiguous: what stands in for a wide convolution may end in a narrow stage.
 
     Args:
         model: Changed in place; its values stay the same.
@@ -36,11 +37,12 @@ def set_layouts(model: nn.Module, inputs: Sequence[Any]) -> None:
     """
     try:
         model.to(memory_format=torch.channels_last)
-        for module in model.modules():
-            if _has_wide_weight(module):
-                module.to(memory_format=torch.contiguous_format)
-        with trial(model), small_maps(model):
+        with trial(model):
             model(*copies(inputs))
+            for module in filter(_has_wide_weight, model.modules()):
+                module.to(memory_format=torch.contiguous_format)
+            with small_maps(model):
+                model(*copies(inputs))
     except Exception:  # a model may fail in any way
         model.to(memory_format=torch.contiguous_format)
 

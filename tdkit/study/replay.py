@@ -532,7 +532,7 @@ class _Recorder:
         self._steps = iter(steps)
         self._target, self._stand_in = target, stand_in
         self._inside = False
-        self._advanced_at: int | None = None
+        self._advanced: tuple[Any, int] | None = None
 
     def call(
         self, module: nn.Module, forward: _Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -558,26 +558,27 @@ class _Recorder:
             self._inside = False
         if step.action is _Action.PASS:
             self._keep_changed(_changed(args, kwargs, output), begun)
+            self._advanced = None
         else:
             self._keep(_returned(given, (args, kwargs), output), step.action)
+            if step.action is _Action.ADVANCE:
+                self._advanced = output, self.counter.count
         return output
 
     def _keep(self, returned: _Values | None, action: _Action) -> None:
         if returned is None:
             self._misfit()
-        elif not self.fits or action is _Action.SKIP:
-            pass
-        elif action is _Action.ADVANCE:
-            self._advanced_at = self.counter.count
-        else:
+        elif self.fits and action not in (_Action.SKIP, _Action.ADVANCE):
             self.memory.append(returned.copy() if action is _Action.COPY else returned)
 
     def _keep_changed(self, changed: _Values | None, begun: int) -> None:
-        if changed is None or self._advanced_at not in (None, begun):
+        if self._advanced is None:
+            return  # in a chain whose next call does not look at it
+        output, ended = self._advanced
+        if changed is None or begun != ended or not changed.same(output):
             self._misfit()
-        elif self.fits and self._advanced_at is not None:
+        elif self.fits:
             self.memory.append(changed)
-        self._advanced_at = None
 
     def _misfit(self) -> None:
         self.fits, self.done = False, True
@@ -597,6 +598,8 @@ class _Player:
         self.done = False
         self._steps, self._memory = iter(steps), iter(memory)
         self._target, self._stand_in = target, stand_in
+        # What the next call, which would change it, is to be given; None in a chain that skips it.
+        self._advanced: Any = None
 
     def call(
         self, module: nn.Module, forward: _Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -613,8 +616,14 @@ class _Player:
         if step.action is _Action.SKIP:
             return None
         if step.action is _Action.PASS:
+            if len(args) != 1 or kwargs or args[0] is not self._advanced:
+                raise RuntimeError("the model changes something else in place than before")
+            self._advanced = None
             return args[0]
-        return next(self._memory).tree(copied=step.action is _Action.COPY)
+        found = next(self._memory).tree(copied=step.action is _Action.COPY)
+        if step.action is _Action.ADVANCE:
+            self._advanced = found
+        return found
 
 
 def _returned(given: _Values, inputs: Any, output: Any) -> _Values | None:

@@ -622,6 +622,45 @@ def test_what_is_changed_in_place_at_once_is_not_changed_again(
 
 
 @pytest.mark.usefixtures("_no_fallback")
+def test_changes_at_once_before_a_chain_and_in_it() -> None:
+    active = CountedReLU()
+    chain = nn.Sequential(nn.Linear(6, 6), active, nn.Linear(6, 6), nn.Linear(6, 6))
+    model = Model(lambda m, x: m.head(m.chain(m.active(m.stem(x)))), active=active, chain=chain)
+    target = layer_of(model, "chain.3")
+    modules = stand_ins(model, target, 5)
+    batches = images(3, 3, shape=[4])
+    check(model, target, modules, batches)
+    active.calls = 0
+    predictions(model, target, modules, batches)
+    assert active.calls == 5 * 2
+
+
+@pytest.mark.parametrize(
+    "usual",
+    [
+        lambda m, x: len(x) != 5,
+        lambda m, x: isinstance(m.layer, nn.Linear),
+        lambda m, x: isinstance(m.layer, nn.Sequential),
+        lambda m, x: isinstance(m.layer, nn.Linear) or len(x) != 5,
+        lambda m, x: isinstance(m.layer, nn.Sequential) or len(x) != 5,
+    ],
+)
+def test_another_output_is_changed_at_once_now_and_then(
+    usual: Callable[[Model, Tensor], bool],
+) -> None:
+    def forward(m: Model, x: Tensor) -> Tensor:
+        other = x.repeat(1, 2)[:, :6] - 1
+        y = m.stem(x)
+        return m.head(m.layer(m.active(y if usual(m, x) else other)))
+
+    model = Model(forward, active=CountedReLU())
+    target = layer_of(model, "layer")
+    modules = [nn.Sequential(perturbed(model.layer, 1)) for _ in range(3)]
+    for sizes in ((4, 5, 4), (5, 4, 5), (4, 4, 5)):
+        check(model, target, modules, images(*sizes, shape=[4]))
+
+
+@pytest.mark.usefixtures("_no_fallback")
 def test_a_chain_with_changes_in_place_keeps_what_its_next_call_needs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
