@@ -6,7 +6,8 @@
 The candidates are those of the paper: its layers (Tables 2 and 4) under CP, Tucker and TT at five
 keeps, proportional ranks. All ways see the same batches of the same images in the same process,
 layer by layer in turn. GaripovNet has its bundled weights and Fashion-MNIST's test images;
-ResNet-18 has random weights, and noise where CIFAR-10 is not found: the time is the same.
+ResNet-18 has random weights that tell images apart, and noise where CIFAR-10 is not found: the
+time is the same.
 
 Plain passes run the model as it is. A study chooses the memory layout of each convolution and
 replays; full passes in those layouts tell the two apart, and a replay has to predict as they do,
@@ -102,7 +103,8 @@ def main() -> None:
     print(
         f"{given.model}, {plural(sum(map(len, batches)), 'image')}{note} in batches of"
         f" {given.batch_size} on {given.device}; {threads()}, medians of"
-        f" {plural(given.repeats, 'run')} in turn. Asked: 2.5×.\n"
+        f" {plural(given.repeats, 'run')} in turn. The dense model predicts"
+        f" {predicted_classes(model, batches)} classes. Asked: 2.5×.\n"
     )
     header(
         "layer", "candidates", "plain passes, s", "in a study's layouts, s", "replayed, s",
@@ -181,7 +183,24 @@ def opened(name: str) -> tuple[nn.Module, tuple[int, ...]]:
     model = record.create()
     if "fashion-mnist" in record.weights:
         model.load_state_dict(record.weights["fashion-mnist"]())
+    else:
+        tell_apart(model, tuple(record.input_shape))
     return model.eval(), tuple(record.input_shape)
+
+
+@torch.no_grad()
+def tell_apart(model: nn.Module, shape: Sequence[int]) -> None:
+    """Let random weights predict many classes: as they come, all images belong to one.
+
+    BatchNorm gets the statistics of noise, and no class of the head is ahead of the others.
+    """
+    noise = torch.randn(200, *shape, generator=torch.Generator().manual_seed(1))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    model.train()(noise)
+    head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    head.bias -= model.eval()(noise).mean(0)
 
 
 def images(given: argparse.Namespace, shape: tuple[int, ...]) -> tuple[list[Tensor], str]:
@@ -250,6 +269,13 @@ def allowed(layers: Sequence[Layer], layer: Layer, candidates: Sequence[StandIn]
     own = sum(candidate.macs for candidate in candidates)
     count = len(candidates)
     return (count * others + own) / (count * after + own)
+
+
+@torch.no_grad()
+def predicted_classes(model: nn.Module, batches: Sequence[Tensor]) -> int:
+    """How many classes there are among the predictions of some batches."""
+    model.to(batches[0].device)
+    return len(torch.cat([model(batch).argmax(1) for batch in batches[:10]]).unique())
 
 
 @torch.no_grad()
