@@ -51,8 +51,9 @@ def set_layouts(model: nn.Module, inputs: Sequence[Any]) -> None:
 def small_maps(model: nn.Module) -> Iterator[None]:
     """Let wide convolutions run in the contiguous layout where their maps are small.
 
-    This goes for all that runs inside, so also for stand-ins of a layer. Nothing else changes,
-    and nothing does for a model without such convolutions.
+    This goes for all that runs inside, so also for stand-ins of a layer. Meanwhile torch's
+    transformer layers leave their fast path. Nothing changes for a model without wide
+    convolutions.
     """
     if any(map(_has_wide_weight, model.modules())):
         with _SmallMaps():
@@ -85,5 +86,5 @@ def _has_wide_weight(module: nn.Module) -> bool:
 def _is_wide(weight: Any) -> bool:
     if not isinstance(weight, Tensor) or not weight.is_cpu or weight.numel() < _WIDE:
         return False
-    # A pointwise convolution is a matrix product, which is as fast either way.
+    # A pointwise convolution is faster with channels last on all but the smallest maps.
     return math.prod(weight.shape[2:]) > 1

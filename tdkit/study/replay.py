@@ -10,7 +10,8 @@ the layer's first call, changed none of their inputs in place and returned nothi
 The tensors' version counters tell what is changed in place (``out += identity``,
 ``ReLU(inplace=True)``): such outputs are remembered and handed out as copies. Where the very next
 thing that happens to an output is a module that changes it in place, it is handed out as it is
-after that. All of it is checked again on every batch, and on the first batch the logits of a
+after that; reading it in between without an operator of torch, as ``numpy()`` does, is not seen.
+The rest is checked again on every batch, and on the first batch the logits of a
 replay are compared with those of a full pass. Where anything does not fit (data-dependent control
 flow, weights that are read without calling their module), full passes give the result instead.
 """
