@@ -92,7 +92,8 @@ def show_keeps(channels: int, repeats: int) -> None:
     print(
         f"Asked: flat for svd, tucker and tt. Medians of {plural(repeats, 'run')}; the keeps are"
         " evenly spread over tdkit's default ones. tt takes the spectrum of a small matrix for"
-        " every new pair of ranks at its ends; below are the profiles of the first and last row.\n"
+        " every new pair of ranks at its ends, so it is not flat: below are the profiles of its"
+        " first and last row. The others choose a rank and write a record for each keep.\n"
     )
     header("keeps", *(f"{name}, s" for name in DIRECT))
     model = convolutions(1, channels)

@@ -13,9 +13,8 @@ from __future__ import annotations
 import torch
 from common import header, median_seconds, options, row, threads
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from tdkit.study.layouts import set_layouts, small_maps
+from tdkit.study.layouts import set_layouts
 
 SIDES = (1, 2, 4, 7, 8, 10, 14, 28)
 CONVOLUTIONS = {
@@ -26,17 +25,6 @@ CONVOLUTIONS = {
     "512→512, 1×1": (512, 512, 1),
     "1024→1024, 1×1": (1024, 1024, 1),
 }
-
-
-class Seen(TorchFunctionMode):
-    """Keeps what the latest convolution was given."""
-
-    features: Tensor
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if func is torch.conv2d:
-            self.features = args[0]
-        return func(*args, **kwargs or {})
 
 
 def main() -> None:
@@ -74,11 +62,11 @@ def advantage(convolution: nn.Conv2d, features: Tensor, repeats: int) -> float:
 @torch.no_grad()
 def chosen(convolution: nn.Conv2d, features: Tensor) -> str:
     """Which layout the convolution gets in a study, behind another with channels last."""
-    given = features.contiguous(memory_format=torch.channels_last)
-    set_layouts(convolution, [given[:1]])
-    with Seen() as seen, small_maps(convolution):
-        convolution(given)
-    return "first" if seen.features.is_contiguous() and features.shape[-1] > 1 else "last"
+    channels = features.shape[1]
+    before = nn.Conv2d(channels, channels, 3, padding=1, groups=channels // 2)
+    set_layouts(nn.Sequential(before, convolution), [features[:1]])
+    last = convolution.weight.is_contiguous(memory_format=torch.channels_last)
+    return "last" if last else "first"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ _SMALL = 100
 
 
 def set_layouts(model: nn.Module, inputs: Sequence[Any]) -> None:
-    """Put channels last, but for wide convolutions on a CPU.
+    """Put channels last, but for wide convolutions whose maps are small.
 
     A model that cannot run with channels last everywhere, since it views its features, stays
     contiguous: what stands in for a wide convolution may end in a narrow stage.
@@ -38,8 +38,7 @@ def set_layouts(model: nn.Module, inputs: Sequence[Any]) -> None:
     try:
         model.to(memory_format=torch.channels_last)
         with trial(model):
-            model(*copies(inputs))
-            for module in filter(_has_wide_weight, model.modules()):
+            for module in _on_small_maps(model, inputs):
                 module.to(memory_format=torch.contiguous_format)
             with small_maps(model):
                 model(*copies(inputs))
@@ -52,10 +51,11 @@ def small_maps(model: nn.Module) -> Iterator[None]:
     """Let wide convolutions run in the contiguous layout where their maps are small.
 
     This goes for all that runs inside, so also for stand-ins of a layer. Meanwhile torch's
-    transformer layers leave their fast path. Nothing changes for a model without wide
-    convolutions.
+    transformer layers leave their fast path. Nothing changes for a model that
+    :func:`set_layouts` has left in one layout.
     """
-    if any(map(_has_wide_weight, model.modules())):
+    layouts = {_layout(convolution.weight) for convolution in _convolutions(model)}
+    if layouts >= {torch.channels_last, torch.contiguous_format}:
         with _SmallMaps():
             yield
     else:
@@ -73,18 +73,49 @@ class _SmallMaps(TorchFunctionMode):
     ) -> Any:
         if func is torch.conv2d and len(args) > 1:
             features, weight, *rest = args
-            if _is_wide(weight) and math.prod(features.shape[-2:]) <= _SMALL:
+            contiguous = _is_wide(weight) and _layout(weight) == torch.contiguous_format
+            if contiguous and _is_small(features):
                 args = (features.contiguous(), weight, *rest)
         return func(*args, **kwargs or {})
 
 
-def _has_wide_weight(module: nn.Module) -> bool:
-    # A subclass may have done away with its weight.
-    return isinstance(module, nn.Conv2d) and _is_wide(getattr(module, "weight", None))
+def _on_small_maps(model: nn.Module, inputs: Sequence[Any]) -> list[nn.Module]:
+    """The wide convolutions that a pass calls on small maps and on no others."""
+    small: dict[nn.Module, bool] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        small[module] = small.get(module, True) and _is_small(args[0])
+
+    with ExitStack() as stack:
+        for convolution in _convolutions(model):
+            if _is_wide(convolution.weight):
+                stack.callback(convolution.register_forward_pre_hook(note).remove)
+        model(*copies(inputs))
+    return [module for module in small if small[module]]
 
 
-def _is_wide(weight: Any) -> bool:
-    if not isinstance(weight, Tensor) or not weight.is_cpu or weight.numel() < _WIDE:
-        return False
+def _convolutions(model: nn.Module) -> Iterator[nn.Conv2d]:
+    for module in model.modules():
+        # A subclass may have done away with its weight.
+        if isinstance(module, nn.Conv2d) and isinstance(getattr(module, "weight", None), Tensor):
+            yield module
+
+
+def _is_wide(weight: Tensor) -> bool:
     # A pointwise convolution is faster with channels last on all but the smallest maps.
-    return math.prod(weight.shape[2:]) > 1
+    pointwise = math.prod(weight.shape[2:]) == 1
+    return weight.is_cpu and not pointwise and weight.numel() >= _WIDE
+
+
+def _is_small(features: Tensor) -> bool:
+    return math.prod(features.shape[-2:]) <= _SMALL
+
+
+def _layout(weight: Tensor) -> torch.memory_format | None:
+    """The one layout that a weight has; None where both can be said of it."""
+    found = [
+        layout
+        for layout in (torch.contiguous_format, torch.channels_last)
+        if weight.is_contiguous(memory_format=layout)
+    ]
+    return found[0] if len(found) == 1 else None

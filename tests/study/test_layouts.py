@@ -31,6 +31,10 @@ def layout(tensor: Tensor) -> str:
     return "last"
 
 
+def modes() -> int:
+    return torch._C._len_torch_function_stack()
+
+
 class Net(nn.Module):
     def __init__(self, *convolutions: nn.Module) -> None:
         super().__init__()
@@ -56,7 +60,7 @@ WIDE = (256, 256, 3)
     [
         (nn.Conv2d(*WIDE, padding=1), 8, "first+first"),
         (nn.Conv2d(*WIDE, padding=1, bias=False), 10, "first+first"),
-        (nn.Conv2d(*WIDE, padding=1), 11, "last+first"),
+        (nn.Conv2d(*WIDE, padding=1), 11, "last+last"),
         (nn.Conv2d(*WIDE, padding=1, groups=2), 8, "last+last"),
         (nn.Conv2d(128, 128, 3, padding=1), 8, "last+last"),
         (nn.Conv2d(1024, 1024, 1), 8, "last+both"),
@@ -80,12 +84,19 @@ def test_stages_of_a_stand_in_count_as_well() -> None:
     layouts_of(model, images)
     core = nn.Conv2d(300, 300, 3, padding=1, bias=False)
     stages = nn.Conv2d(512, 300, 1, bias=False), core, nn.Conv2d(300, 512, 1)
-    model.body[0] = nn.Sequential(*stages)
-    dense = Net(nn.Conv2d(512, 512, 3))
-    with torch.no_grad(), Seen() as seen, small_maps(dense):
+    with torch.no_grad(), Seen() as seen, small_maps(model):
+        model.body[0] = nn.Sequential(*stages)
         model(images)
+        large = torch.randn(1, 300, 12, 12).to(memory_format=torch.channels_last)
+        core(large)
     # What is pointwise follows its input, and its weights lie either way at once.
-    assert seen.layouts == ["first+last", "last+both", "first+first", "first+both"]
+    assert seen.layouts == ["first+last", "last+both", "first+first", "first+both", "last+first"]
+
+
+def test_a_convolution_on_maps_of_both_sizes_keeps_channels_last() -> None:
+    shared = nn.Conv2d(*WIDE, padding=1)
+    model = Net(shared, nn.MaxPool2d(2), shared)
+    assert layouts_of(model, torch.randn(2, 3, 12, 12)) == ["last+last", "last+last"]
 
 
 def test_outputs_and_values_stay_the_same() -> None:
@@ -97,6 +108,7 @@ def test_outputs_and_values_stay_the_same() -> None:
         expected = model(images)
         set_layouts(model, [images[:1]])
         with small_maps(model):
+            assert modes() == 1
             found = model(images)
     torch.testing.assert_close(found, expected)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -104,14 +116,19 @@ def test_outputs_and_values_stay_the_same() -> None:
 
 def test_gradients_pass() -> None:
     model = Net(nn.Conv2d(*WIDE, padding=1))
+    set_layouts(model, [torch.randn(1, 3, 4, 4)])
     with small_maps(model):
+        assert modes() == 1
         model(torch.randn(2, 3, 4, 4)).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_other_ways_to_call_the_function() -> None:
     weight, images = torch.randn(256, 256, 3, 3), torch.randn(1, 256, 4, 4)
-    with small_maps(Net(nn.Conv2d(*WIDE))):
+    model = Net(nn.Conv2d(*WIDE, padding=1))
+    layouts_of(model, torch.randn(2, 3, 4, 4))
+    with small_maps(model):
+        assert modes() == 1
         for found in (
             functional.conv2d(input=images, weight=weight),
             functional.conv2d(images, weight=weight),
@@ -132,15 +149,40 @@ def test_a_convolution_that_has_no_weight_is_none_of_these() -> None:
     model = Averages()
     set_layouts(model, [torch.randn(1, 3, 6, 6)])
     with small_maps(model):
-        assert torch._C._len_torch_function_stack() == 0
+        assert modes() == 0
 
 
-def test_models_without_wide_convolutions_are_left_alone() -> None:
+@pytest.mark.parametrize(
+    ("convolution", "side", "expected"),
+    [
+        (nn.Conv2d(8, 8, 3), 6, 0),
+        (nn.Conv2d(3, 768, 16, stride=16), 32, 0),  # wide, as in a ViT, and on a large map
+        (nn.Conv2d(*WIDE), 6, 1),
+    ],
+)
+def test_the_mode_is_entered_where_it_has_something_to_do(
+    convolution: nn.Conv2d, side: int, expected: int
+) -> None:
     # A mode of torch turns the fast path of its transformer layers off.
-    with small_maps(Net(nn.Conv2d(8, 8, 3))):
-        assert torch._C._len_torch_function_stack() == 0
-    with small_maps(Net(nn.Conv2d(*WIDE))):
-        assert torch._C._len_torch_function_stack() == 1
+    model = Net(convolution)
+    set_layouts(model, [torch.randn(1, 3, side, side)])
+    with small_maps(model):
+        assert modes() == expected
+    assert modes() == 0
+
+
+def test_a_model_that_fails_with_both_layouts_stays_contiguous() -> None:
+    class Fails(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            if modes():
+                raise RuntimeError("no")
+            return super().forward(x)
+
+    model = Fails(nn.Conv2d(*WIDE, padding=1))
+    set_layouts(model, [torch.randn(1, 3, 6, 6)])
+    assert layout(model.stem.weight) == "first"
+    with small_maps(model):
+        model(torch.randn(2, 3, 6, 6))
 
 
 def test_a_model_that_views_its_features_stays_contiguous() -> None:

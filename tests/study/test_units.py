@@ -119,9 +119,11 @@ class Watchful(Net):
 
 
 def test_wide_convolutions_run_in_their_faster_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layouts, "_WIDE", 100)
+    monkeypatch.setattr(layouts, "_WIDE", 500)
     model = Watchful()
     workspace = opened(model)
+    # As a workspace is opened; "next" is wide and "conv" is not.
+    layouts.set_layouts(model, [torch.zeros(1, 1, 7, 7)])
     model.modes.clear()
     baseline(workspace)
     assert model.modes == {1}
