@@ -4,10 +4,11 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install test check demo bench clean
+.PHONY: help install test slow check demo bench clean
 
 help:
 	@echo "make test    install into $(VENV), then check style, types and run the tests"
+	@echo "make slow    run the tests that take long"
 	@echo "make demo    compress the bundled model and show what it costs before and after"
 	@echo "make check   style and types only"
 	@echo "make bench   measure everything, about an hour, and write benchmarks/RESULTS.md"
@@ -29,7 +30,10 @@ check: $(INSTALLED)
 KEEP_MEMORY := MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=2147483648
 
 test: check
-	OMP_NUM_THREADS=1 $(KEEP_MEMORY) $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(KEEP_MEMORY) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+slow: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(KEEP_MEMORY) $(BIN)/python -m pytest -n 2 -m slow
 
 demo: $(INSTALLED)
 	mkdir -p out
