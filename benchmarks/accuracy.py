@@ -14,17 +14,17 @@ import argparse
 from torch import nn
 
 from tdkit.api import compress
-from tdkit.calibration import CALIBRATIONS
+from tdkit.calibration.batchnorm import CALIBRATIONS
 from tdkit.cli.common import open_dataset
-from tdkit.compression import apply_plan, own_copy
-from tdkit.costs import model_parameters
+from tdkit.compression.compress import apply_plan, own_copy
+from tdkit.compression.plan import Move, Plan
 from tdkit.datasets.base import Split
 from tdkit.decompositions.base import layer_stages
 from tdkit.decompositions.tucker import Tucker
-from tdkit.layers import Layer, find_layers
-from tdkit.plans import Move, Plan
+from tdkit.layers.counting import model_parameters
+from tdkit.layers.inventory import Layer, find_layers
 from tdkit.registry import load_registry
-from tdkit.training import evaluate
+from tdkit.training.loop import evaluate
 
 BUDGETS = (0.5, 0.25, 0.1)
 

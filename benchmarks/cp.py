@@ -23,7 +23,7 @@ from tensorly.decomposition import parafac
 from torch import Tensor
 
 from tdkit.decompositions.cp import Cp
-from tdkit.specs import LayerSpec
+from tdkit.layers.spec import LayerSpec
 
 SEEDS = range(5)
 LONG = 500

@@ -29,13 +29,13 @@ from common import (
 )
 from torch import nn
 
-from tdkit.candidates import COMPRESSION_KEEPS, PAPER_KEEPS, Grid, score
+from tdkit.compression.scoring import COMPRESSION_KEEPS, PAPER_KEEPS, Grid, score
 from tdkit.decompositions.base import Decomposition
 from tdkit.decompositions.cp import Cp
 from tdkit.decompositions.svd import Svd
 from tdkit.decompositions.tt import TensorTrain
 from tdkit.decompositions.tucker import Tucker
-from tdkit.layers import find_layers
+from tdkit.layers.inventory import find_layers
 from tdkit.metrics.weights import RELATIVE
 
 COMMAND = ("score", "resnet18", "--weights", "none")

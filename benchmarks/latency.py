@@ -24,15 +24,15 @@ from tltorch import FactorizedConv
 from torch import Tensor, nn
 
 import tdkit
-from tdkit.candidates import factorize, prepare
-from tdkit.costs import model_parameters
+from tdkit.compression.scoring import factorize, prepare
+from tdkit.costs.latency import measure_latency
 from tdkit.decompositions.base import Decomposition
 from tdkit.decompositions.cp import Cp
 from tdkit.decompositions.svd import Svd
 from tdkit.decompositions.tt import TensorTrain
 from tdkit.decompositions.tucker import Tucker
-from tdkit.latency import measure_latency
-from tdkit.layers import Layer, find_layers
+from tdkit.layers.counting import model_parameters
+from tdkit.layers.inventory import Layer, find_layers
 
 BUDGETS = (0.5, 0.25, 0.1)
 KEEPS = (0.5, 0.25, 0.1)

@@ -62,9 +62,9 @@ def scored(given: argparse.Namespace) -> dict[str, float]:
     import torch
     from common import timed
 
-    from tdkit.candidates import Grid, score
+    from tdkit.compression.scoring import Grid, score
     from tdkit.decompositions.svd import Svd
-    from tdkit.layers import find_layers
+    from tdkit.layers.inventory import find_layers
     from tdkit.metrics.weights import RELATIVE
 
     model = torch.nn.Sequential(layer(given))
@@ -82,7 +82,7 @@ def deviations(given: argparse.Namespace) -> dict[str, float]:
     import torch
 
     from tdkit.decompositions.svd import Svd
-    from tdkit.specs import spec_of
+    from tdkit.layers.spec import spec_of
 
     linear = layer(given)
     weight = linear.weight.detach()

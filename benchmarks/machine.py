@@ -31,11 +31,11 @@ from common import (
 )
 from torch import Tensor, nn
 
-from tdkit.candidates import PAPER_KEEPS
+from tdkit.compression.scoring import PAPER_KEEPS
 from tdkit.decompositions.cp import Cp
 from tdkit.decompositions.hosvd import Hosvd, hosvd, project
 from tdkit.decompositions.tucker import Tucker
-from tdkit.specs import LayerSpec, spec_of
+from tdkit.layers.spec import LayerSpec, spec_of
 
 KEEP = 0.1
 DTYPES = {"float64": torch.float64, "float32": torch.float32}

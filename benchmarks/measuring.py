@@ -34,15 +34,15 @@ import torch
 from common import MIB, demand, header, options, plural, ratio, row, run_child, threads, timed
 from torch import Tensor, nn
 
-from tdkit.candidates import PAPER_KEEPS, factorize, prepare
-from tdkit.costs import macs
+from tdkit.compression.scoring import PAPER_KEEPS, factorize, prepare
 from tdkit.datasets.base import Split
 from tdkit.decompositions.base import Decomposition
 from tdkit.decompositions.cp import Cp
 from tdkit.decompositions.tt import TensorTrain
 from tdkit.decompositions.tucker import Tucker
 from tdkit.errors import TdkitError
-from tdkit.layers import Layer, find_layers, replace_layer
+from tdkit.layers.counting import macs
+from tdkit.layers.inventory import Layer, find_layers, replace_layer
 from tdkit.metrics.features import RELATIVE, Watched
 from tdkit.registry import load_registry
 from tdkit.study.layouts import set_layouts, small_maps

@@ -17,7 +17,7 @@ from measuring import full_passes, images, opened, stand_ins
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from tdkit.layers import find_layers
+from tdkit.layers.inventory import find_layers
 from tdkit.study.layouts import set_layouts, small_maps
 from tdkit.study.replay import replaced_predictions
 

@@ -21,11 +21,11 @@ from measuring import LAYERS, opened
 from tltorch import FactorizedConv
 from torch import Tensor, nn
 
-from tdkit.candidates import PAPER_KEEPS
+from tdkit.compression.scoring import PAPER_KEEPS
 from tdkit.decompositions.base import Decomposition, Rank
 from tdkit.decompositions.tt import TensorTrain
 from tdkit.decompositions.tucker import Tucker
-from tdkit.specs import spec_of
+from tdkit.layers.spec import spec_of
 
 MODEL = "resnet18-cifar"
 METHODS: Mapping[str, Decomposition] = {"tucker": Tucker(), "tt": TensorTrain()}

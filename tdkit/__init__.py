@@ -8,12 +8,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from tdkit.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from tdkit.api import apply, compress, load, validate
+    from tdkit.compression.plan import Move, Plan
     from tdkit.errors import TdkitError
-    from tdkit.plans import Move, Plan
 
-__version__ = "0.1.0"
 __all__ = ["Move", "Plan", "TdkitError", "apply", "compress", "load", "validate"]
 
 # Resolved on first use: `tdkit --help` must not wait for torch.
@@ -22,8 +23,8 @@ _HOMES = {
     "compress": "tdkit.api",
     "load": "tdkit.api",
     "validate": "tdkit.api",
-    "Move": "tdkit.plans",
-    "Plan": "tdkit.plans",
+    "Move": "tdkit.compression.plan",
+    "Plan": "tdkit.compression.plan",
     "TdkitError": "tdkit.errors",
 }
 

@@ -10,21 +10,23 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from tdkit import arguments
-from tdkit.calibration import Calibration
-from tdkit.candidates import COMPRESSION_KEEPS, Grid
-from tdkit.compression import Goal, apply_plan, compress_model, random_inputs
-from tdkit.copying import require_module
+from tdkit.calibration.batchnorm import Calibration
+from tdkit.compression.compress import Goal, apply_plan, compress_model
+from tdkit.compression.plan import Plan
+from tdkit.compression.scoring import COMPRESSION_KEEPS, Grid
+from tdkit.costs.base import Cost
 from tdkit.datasets.base import Dataset
-from tdkit.decompositions.base import Decomposition
 from tdkit.errors import UnsupportedError
-from tdkit.metrics.base import Metric
-from tdkit.opening import NamedStudy, ObjectStudy, Source, Suit
-from tdkit.plans import Cost, Plan
-from tdkit.registry import Registry, load_registry, lookup
+from tdkit.forward.copying import require_module
+from tdkit.forward.inputs import random_inputs
+from tdkit.opening import Source
+from tdkit.registry import load_registry, lookup
+from tdkit.study.opening import NamedStudy, ObjectStudy, Suit
 
 if TYPE_CHECKING:
     from tdkit.study.recipe import StudyRecipe
     from tdkit.study.records import Results
+from tdkit.registry import method_limits, resolve_methods
 
 
 def compress(
@@ -215,8 +217,8 @@ def validate(
         progress: Called with the effort done and the whole effort.
 
     Returns:
-        Everything that was measured, for :func:`tdkit.study.analysis.analyse` and
-        :func:`tdkit.study.page.write_report`.
+        Everything that was measured, for :func:`tdkit.study.report.analysis.analyse` and
+        :func:`tdkit.study.report.page.write_report`.
 
     Raises:
         TdkitError: Of the kind that fits what is wrong with the model, the data or an option, or
@@ -267,33 +269,3 @@ def _inputs(
     if shape is not None:
         return random_inputs(model, arguments.shape(shape))
     return arguments.example(batches[0]) if batches else None
-
-
-def resolve_methods(
-    registry: Registry, names: Sequence[str] | None = None
-) -> dict[str, Decomposition]:
-    """Decompositions by name; without names, those that are meant to be used by default.
-
-    Raises:
-        UsageError: If a name is unknown.
-    """
-    records = registry.decompositions
-    chosen = [n for n, record in records.items() if record.default] if names is None else names
-    found = [lookup(records, name, "method") for name in chosen]
-    return {record.name: record.create() for record in found}
-
-
-def method_limits(registry: Registry, names: Sequence[str] | None = None) -> dict[str, float]:
-    """The largest keep at which each method is considered: none for what the user names."""
-    if names is not None:
-        return {}
-    return {name: record.default for name, record in registry.decompositions.items()}
-
-
-def resolve_metrics(registry: Registry, names: Sequence[str]) -> list[Metric]:
-    """Metrics by name.
-
-    Raises:
-        UsageError: If a name is unknown.
-    """
-    return [lookup(registry.metrics, name, "metric").create() for name in names]

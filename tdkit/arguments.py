@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from tdkit.compression.plan import Plan, read_plan
 from tdkit.errors import UsageError
-from tdkit.plans import Plan, read_plan
 
 _T = TypeVar("_T")
 

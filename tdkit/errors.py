@@ -55,3 +55,8 @@ def unknown_name(wanted: str, known: Sequence[str], what: str) -> UsageError:
     """The error for a name that is not there, with the close ones."""
     close = difflib.get_close_matches(wanted, known, n=3, cutoff=0.4) or list(known)[:8]
     return UsageError(f"no {what} named {wanted!r}", f"close names: {', '.join(close)}")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
 
-from tdkit import hookspecs
+from tdkit import builtin, hookspecs
 from tdkit.errors import UsageError
 from tdkit.hookspecs import (
     DatasetRecord,
@@ -24,8 +23,12 @@ from tdkit.hookspecs import (
     PlannerRecord,
     Record,
 )
+from tdkit.version import __version__
 
-_BUILTINS = ("decompositions", "metrics", "models", "datasets", "planners")
+if TYPE_CHECKING:
+    from tdkit.decompositions.base import Decomposition
+    from tdkit.metrics.base import Metric
+
 _NAME = re.compile(r"[a-z0-9-]+")
 _FEW = 12
 
@@ -158,13 +161,8 @@ _Records = list[tuple[str, Record]]
 
 
 def _builtin(manager: pluggy.PluginManager) -> tuple[Provider, _Records]:
-    from tdkit import __version__
-
-    records: _Records = []
-    for name in _BUILTINS:
-        module = import_module(f"tdkit.{name}")
-        manager.register(module)
-        records += _collect(manager, module)
+    manager.register(builtin)
+    records = _collect(manager, builtin)
     return Provider("tdkit", __version__, _by_hook(records)), records
 
 
@@ -236,3 +234,33 @@ def _by_hook(records: _Records) -> dict[str, tuple[str, ...]]:
         for hook in hookspecs.HOOKS
         if any(h == hook for h, _ in records)
     }
+
+
+def resolve_methods(
+    registry: Registry, names: Sequence[str] | None = None
+) -> dict[str, Decomposition]:
+    """Decompositions by name; without names, those that are meant to be used by default.
+
+    Raises:
+        UsageError: If a name is unknown.
+    """
+    records = registry.decompositions
+    chosen = [n for n, record in records.items() if record.default] if names is None else names
+    found = [lookup(records, name, "method") for name in chosen]
+    return {record.name: record.create() for record in found}
+
+
+def method_limits(registry: Registry, names: Sequence[str] | None = None) -> dict[str, float]:
+    """The largest keep at which each method is considered: none for what the user names."""
+    if names is not None:
+        return {}
+    return {name: record.default for name, record in registry.decompositions.items()}
+
+
+def resolve_metrics(registry: Registry, names: Sequence[str]) -> list[Metric]:
+    """Metrics by name.
+
+    Raises:
+        UsageError: If a name is unknown.
+    """
+    return [lookup(registry.metrics, name, "metric").create() for name in names]

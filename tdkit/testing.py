@@ -19,7 +19,6 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tdkit.costs import Call, macs
 from tdkit.decompositions.base import (
     RANK_RULES,
     Decomposition,
@@ -29,7 +28,9 @@ from tdkit.decompositions.base import (
     count,
     factorized_module,
 )
-from tdkit.specs import KINDS, TRANSPOSED, LayerSpec, spec_of
+from tdkit.forward.trace import Call
+from tdkit.layers.counting import macs
+from tdkit.layers.spec import KINDS, TRANSPOSED, LayerSpec, spec_of
 
 CASES = 200
 """Drawn layers per method and kind of layer."""

@@ -17,10 +17,9 @@ from torch.nn import functional
 
 import tdkit
 from tdkit import Move, Plan
-from tdkit.api import method_limits, resolve_methods
 from tdkit.errors import UnreadableFileError, UnsafeFileError, UnsupportedError, UsageError
-from tdkit.layers import find_layers
-from tdkit.registry import load_registry
+from tdkit.layers.inventory import find_layers
+from tdkit.registry import load_registry, method_limits, resolve_methods
 
 
 @pytest.fixture

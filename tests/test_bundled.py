@@ -8,19 +8,20 @@ import torch
 from scipy.optimize import LinearConstraint, milp
 from torch import nn
 
-from tdkit.api import method_limits, resolve_methods
-from tdkit.calibration import Calibration
-from tdkit.candidates import Candidate, Grid, score
+from tdkit.calibration.batchnorm import Calibration
 from tdkit.checkpoint import load_model
-from tdkit.compression import Goal, apply_plan, make_plan, random_inputs
-from tdkit.costs import model_parameters
+from tdkit.compression.compress import Goal, apply_plan, make_plan
+from tdkit.compression.scoring import Grid, score
 from tdkit.datasets.base import Dataset
 from tdkit.errors import UnreadableFileError
-from tdkit.layers import Layer, find_layers
+from tdkit.forward.inputs import random_inputs
+from tdkit.layers.counting import model_parameters
+from tdkit.layers.inventory import Layer, find_layers
 from tdkit.metrics.weights import RELATIVE
+from tdkit.planners.candidate import Candidate
 from tdkit.planners.greedy import greedy
-from tdkit.registry import load_registry
-from tdkit.training import evaluate
+from tdkit.registry import load_registry, method_limits, resolve_methods
+from tdkit.training.loop import evaluate
 
 REGISTRY = load_registry()
 METHODS = resolve_methods(REGISTRY)

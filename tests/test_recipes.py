@@ -7,16 +7,8 @@ from typing import Literal
 import pytest
 
 from tdkit.errors import UnreadableFileError, UsageError
-from tdkit.recipes import (
-    BUNDLED,
-    FitRecipe,
-    OptimizerRecipe,
-    ScheduleRecipe,
-    TrainRecipe,
-    find_recipe,
-    load_recipe,
-    parse_recipe,
-)
+from tdkit.recipes import BUNDLED, find_recipe, load_recipe, parse_recipe
+from tdkit.training.recipe import FitRecipe, OptimizerRecipe, ScheduleRecipe, TrainRecipe
 
 TEXT = """
 model = "garipov"

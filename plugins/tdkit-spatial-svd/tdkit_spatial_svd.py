@@ -21,7 +21,7 @@ def _create() -> Decomposition:
     from torch import Tensor
 
     from tdkit.decompositions.base import Decomposition, Rank
-    from tdkit.specs import LayerSpec
+    from tdkit.layers.spec import LayerSpec
 
     class SpatialSvd(Decomposition):
         def supports(self, layer: LayerSpec) -> str | None:

@@ -13,11 +13,11 @@ import safetensors
 import torch
 from torch import Tensor
 
-from tdkit.checkpoint.archive import EXTRA, Archive, check_storages, check_sums, open_archive
 from tdkit.checkpoint.description import KEY
-from tdkit.checkpoint.legacy import scan_legacy
-from tdkit.checkpoint.pickles import MOST_BYTES, scan
-from tdkit.checkpoint.sniff import ASK_AGAIN, kind_of, open_file
+from tdkit.checkpoint.safe.archive import EXTRA, Archive, check_storages, check_sums, open_archive
+from tdkit.checkpoint.safe.kinds import ASK_AGAIN, kind_of, open_file
+from tdkit.checkpoint.safe.legacy import scan_legacy
+from tdkit.checkpoint.safe.pickles import MOST_BYTES, scan
 from tdkit.checkpoint.text import shown
 from tdkit.errors import UnreadableFileError
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from tdkit.checkpoint.classes import Allowlist
-    from tdkit.checkpoint.pickles import Scan
+    from tdkit.checkpoint.safe.classes import Allowlist
+    from tdkit.checkpoint.safe.pickles import Scan
 
 _SCALAR_DTYPES = "?bBhHiIlLqQefdFD"
 

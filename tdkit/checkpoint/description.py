@@ -7,10 +7,10 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tdkit.checkpoint.modules import check_spec
+from tdkit.checkpoint.safe.modules import check_spec
 from tdkit.checkpoint.text import shown
 from tdkit.errors import TdkitError, UnreadableFileError, UsageError
-from tdkit.specs import LayerSpec
+from tdkit.layers.spec import LayerSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,7 +34,7 @@ class Description:
         arch: What the model was made from: a registered name, ``package.module:callable`` or None.
         arch_options: Keywords for it: ``in_channels`` and ``num_classes``.
         input_shape: Shape of one input without the batch axis, or None.
-        training: How the weights were trained, as far as known; see :mod:`tdkit.finetuning`.
+        training: How the weights were trained, as far as known; see :mod:`tdkit.training.settings`.
     """
 
     plan: Mapping[str, Any] | None = None

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tdkit.checkpoint.classes import allowlist
 from tdkit.checkpoint.contents import Contents, read_contents
 from tdkit.checkpoint.description import KEY, Description, read_description
-from tdkit.checkpoint.imports import import_named
-from tdkit.checkpoint.modules import check_module
 from tdkit.checkpoint.recognition import recognise
+from tdkit.checkpoint.safe.classes import allowlist
+from tdkit.checkpoint.safe.imports import import_named
+from tdkit.checkpoint.safe.modules import check_module
 from tdkit.checkpoint.states import (
     Fit,
     Misfit,
@@ -34,7 +34,7 @@ from tdkit.errors import TdkitError, UnreadableFileError, UsageError
 
 if TYPE_CHECKING:
     from tdkit.hookspecs import ModelRecord
-    from tdkit.specs import LayerSpec
+    from tdkit.layers.spec import LayerSpec
 
 Format = Literal["module", "state-dict", "safetensors", "registered"]
 
@@ -56,7 +56,7 @@ class LoadedModel:
         notes: What the user should be told.
         structure: Dotted name of each layer that tdkit replaced to the layers that stand there.
         arch_options: Keywords for ``arch``, other than its defaults.
-        training: How the weights were trained, as far as known; see :mod:`tdkit.finetuning`.
+        training: How the weights were trained, as far as known; see :mod:`tdkit.training.settings`.
     """
 
     model: nn.Module

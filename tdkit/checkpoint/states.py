@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from tdkit.checkpoint.text import listed, shown
 from tdkit.errors import UnreadableFileError
-from tdkit.specs import LayerSpec
+from tdkit.layers.spec import LayerSpec
 
 State = Mapping[str, Tensor]
 Structure = Mapping[str, tuple[LayerSpec, ...]]

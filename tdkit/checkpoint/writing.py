@@ -14,12 +14,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from tdkit.checkpoint.archive import EXTRA
-from tdkit.checkpoint.atomic import atomic_write, os_error
 from tdkit.checkpoint.description import KEY, Description
+from tdkit.checkpoint.safe.archive import EXTRA
 from tdkit.checkpoint.text import shown
 from tdkit.errors import TdkitError, UnsupportedError, UsageError
-from tdkit.specs import LayerSpec, spec_of
+from tdkit.files import atomic_write, os_error
+from tdkit.layers.spec import LayerSpec, spec_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -80,7 +80,7 @@ def save_model(
         arch: What the model was made from: a registered name or ``package.module:callable``.
         input_shape: Shape of one input without the batch axis; ``onnx`` and ``pt2`` need it.
         arch_options: Keywords that ``arch`` was made with: in_channels, num_classes.
-        training: How the weights were trained, as JSON values; see :mod:`tdkit.finetuning`.
+        training: How the weights were trained, as JSON values; see :mod:`tdkit.training.settings`.
 
     Raises:
         UsageError: If the format is unknown or lacks the input's shape or a package, or if the

@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 
 import typer
 
-from tdkit import __version__
 from tdkit.cli.apply import apply
 from tdkit.cli.compress import compress
 from tdkit.cli.finetune import finetune
@@ -25,6 +24,7 @@ from tdkit.cli.stopping import StoppedError
 from tdkit.cli.train import train
 from tdkit.cli.validate import validate
 from tdkit.errors import TdkitError
+from tdkit.version import __version__
 
 app = typer.Typer(
     name="tdkit",

@@ -42,7 +42,6 @@ def apply(
 
     Example: `tdkit apply plan.json garipov -o small.pt`
     """
-    from tdkit.api import resolve_methods
     from tdkit.cli.common import (
         Source,
         calibration_batches,
@@ -53,8 +52,9 @@ def apply(
     )
     from tdkit.cli.finish import Destination, finish, plan_title
     from tdkit.cli.fitting import Finetuning, asked_for
-    from tdkit.compression import apply_plan
-    from tdkit.plans import read_plan
+    from tdkit.compression.compress import apply_plan
+    from tdkit.compression.plan import read_plan
+    from tdkit.registry import resolve_methods
 
     start = time.perf_counter()
     wishes = asked_for(finetune, learning_rate, resume)

@@ -22,7 +22,7 @@ from tdkit.opening import (
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from tdkit.calibration import Calibration
+    from tdkit.calibration.batchnorm import Calibration
     from tdkit.datasets.base import Dataset, Split
     from tdkit.registry import Registry
 
@@ -121,7 +121,7 @@ def calibration_batches(
 
 def check_test(opened: Opened, dataset: Dataset | None) -> None:
     """Refuse, before any work, test images that the model cannot be measured on."""
-    from tdkit.training import check_fit
+    from tdkit.training.loop import check_fit
 
     if dataset is not None and dataset.test is not None and dataset.test.labels is not None:
         device = next(p.device for p in opened.model.parameters())
@@ -132,7 +132,7 @@ def settle_calibration(
     text: str, dataset: Dataset | None, planned: Calibration | None = None
 ) -> Calibration:
     """Read --calibrate; ``auto`` is what a plan says, else data where there are some."""
-    from tdkit.calibration import CALIBRATIONS
+    from tdkit.calibration.batchnorm import CALIBRATIONS
 
     if text == "auto":
         return planned or ("data" if dataset is not None and dataset.train else "noise")

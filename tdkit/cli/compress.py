@@ -57,8 +57,6 @@ def compress(
 
     Example: `tdkit compress model.pt --budget 0.5 --input-shape 3,224,224 -o small.pt`
     """
-    from tdkit.api import method_limits, resolve_methods, resolve_metrics
-    from tdkit.candidates import COMPRESSION_KEEPS, Grid
     from tdkit.cli.common import (
         Source,
         calibration_batches,
@@ -75,8 +73,9 @@ def compress(
     from tdkit.cli.display import progress_bar, stdout
     from tdkit.cli.finish import Destination, finish, print_notes
     from tdkit.cli.fitting import Finetuning, asked_for
-    from tdkit.compression import Goal, compress_model
-    from tdkit.registry import lookup
+    from tdkit.compression.compress import Goal, compress_model
+    from tdkit.compression.scoring import COMPRESSION_KEEPS, Grid
+    from tdkit.registry import lookup, method_limits, resolve_methods, resolve_metrics
 
     start = time.perf_counter()
     fraction = parse_fraction(budget, "--budget")

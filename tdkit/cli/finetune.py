@@ -58,7 +58,7 @@ def finetune(
     from tdkit.cli.display import note, say, stdout
     from tdkit.cli.finish import Destination, save
     from tdkit.cli.fitting import Finetuning
-    from tdkit.finetuning import Wishes
+    from tdkit.training.settings import Wishes
 
     start = time.perf_counter()
     wishes = Wishes(epochs, learning_rate, batch_size, optimizer, patience, autocast)  # type: ignore[arg-type]

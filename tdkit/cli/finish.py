@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
     from tdkit.cli.common import Opened
     from tdkit.cli.fitting import Finetuning, Tuned
-    from tdkit.compression import Compression
+    from tdkit.compression.compress import Compression
+    from tdkit.compression.report import Report
     from tdkit.datasets.base import Dataset
-    from tdkit.reports import Report
-    from tdkit.specs import LayerSpec
+    from tdkit.layers.spec import LayerSpec
 
 _SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "pt2": ".pt2"}
 _CALIBRATED = {
@@ -149,7 +149,7 @@ def _tell(
 ) -> None:
     from tdkit.cli.common import file_json
     from tdkit.cli.display import note, say, stdout, waiting
-    from tdkit.reports import measure, near_chance, summary
+    from tdkit.compression.report import measure, near_chance, summary
 
     test = None if dataset is None else dataset.test
     with waiting("measuring"):
@@ -184,8 +184,9 @@ def _tell(
 def print_notes(opened: Opened, result: Compression) -> None:
     """Tell on stderr what the user should know about the model and its compression."""
     from tdkit.cli.display import note
-    from tdkit.compression import larger_than_dense, one_sample
-    from tdkit.uncounted import left_out, outside_macs
+    from tdkit.compression.compress import larger_than_dense
+    from tdkit.costs.uncounted import left_out, outside_macs
+    from tdkit.forward.inputs import one_sample
 
     for text in opened.notes:
         note(text)

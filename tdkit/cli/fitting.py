@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tdkit.cli.stopping import StoppedError
-from tdkit.errors import UnreadableFileError, UsageError
+from tdkit.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -20,63 +20,13 @@ if TYPE_CHECKING:
 
     from tdkit.cli.common import Opened
     from tdkit.datasets.base import Dataset
-    from tdkit.finetuning import Wishes
-    from tdkit.recipes import FitRecipe
-    from tdkit.training import Epoch, TrainingResult, TrainingState
+    from tdkit.training.loop import Epoch, TrainingResult, TrainingState
+    from tdkit.training.recipe import FitRecipe
+    from tdkit.training.settings import Wishes
+from tdkit.training.resume import Resume
 
 PATIENCE = 5
 """Epochs without a better validation accuracy after which a fine-tuning stops by default."""
-
-
-@dataclass(frozen=True)
-class Resume:
-    """The file that a training writes after every epoch, and goes on from where it exists.
-
-    Attributes:
-        path: The file.
-        made_by: What the training depends on: a name for each thing, and a text that changes
-            when it does. A file with other texts is refused.
-    """
-
-    path: Path
-    made_by: Mapping[str, str]
-
-    def read(self) -> TrainingState | None:
-        """What an earlier run left; None where there is no file.
-
-        Raises:
-            UnreadableFileError: If it is another kind of file.
-            UsageError: If it belongs to another training.
-        """
-        import torch
-
-        if not self.path.exists():
-            return None
-        try:
-            saved: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
-            made_by, state = dict(saved["made_by"]), saved["state"]
-        except Exception as error:  # torch raises a different error for every kind of damage
-            raise UnreadableFileError(
-                f"{self.path} is not a state that a training of tdkit wrote",
-                "remove it, or leave out --resume",
-            ) from error
-        for name, text in self.made_by.items():
-            if made_by.get(name) != text:
-                raise UsageError(
-                    f"{self.path} belongs to another {name}, or to an earlier version of this one",
-                    "remove it, or name another file with --resume",
-                )
-        result: TrainingState = state
-        return result
-
-    def write(self, state: TrainingState) -> None:
-        """Keep the state of a training in the place of the one before."""
-        import torch
-
-        from tdkit.checkpoint import atomic_write
-
-        with atomic_write(self.path, force=True) as temporary:
-            torch.save({"made_by": dict(self.made_by), "state": state}, temporary)
 
 
 def fit(
@@ -93,7 +43,7 @@ def fit(
     """Train a model in place with progress, keeping the state where there is a place for it.
 
     Args:
-        model: See :func:`tdkit.training.train`, as for the next three.
+        model: See :func:`tdkit.training.loop.train`, as for the next three.
         dataset: The images.
         recipe: The hyperparameters.
         device: Where to train.
@@ -104,7 +54,7 @@ def fit(
     """
     import torch
 
-    from tdkit.training import train
+    from tdkit.training.loop import train
 
     state = None if resume is None else resume.read()
     with ExitStack() as bars:
@@ -264,8 +214,8 @@ class Finetuning:
         """
         import torch
 
-        from tdkit.finetuning import finetune_recipe
-        from tdkit.training import trainable_splits
+        from tdkit.training.loop import trainable_splits
+        from tdkit.training.settings import finetune_recipe
 
         if dataset is None:
             raise UsageError(
@@ -287,7 +237,7 @@ class Finetuning:
             quiet: Whether stdout is for JSON, so that progress goes to stderr.
         """
         from tdkit.cli.display import note, remark, say
-        from tdkit.finetuning import after_finetuning
+        from tdkit.training.settings import after_finetuning
 
         training: Mapping[str, Any] | None
         note(f"learning rate {self.recipe.optimizer.learning_rate:g}, {self.reason}")
@@ -313,7 +263,7 @@ class Finetuning:
     def accuracy(self, model: nn.Module) -> float | None:
         """The accuracy on the test split; None without labelled test images."""
         from tdkit.cli.display import waiting
-        from tdkit.training import evaluate
+        from tdkit.training.loop import evaluate
 
         test = self.dataset.test
         if test is None or test.labels is None:
@@ -349,7 +299,7 @@ def asked_for(
     epochs: int | None, learning_rate: float | None, resume: Path | None
 ) -> Wishes | None:
     """What the options of ``compress`` and ``apply`` say about a fine-tuning; None for no such."""
-    from tdkit.finetuning import Wishes
+    from tdkit.training.settings import Wishes
 
     if epochs is not None:
         return Wishes(epochs, learning_rate, patience=PATIENCE)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from tdkit.layers import Layer
+    from tdkit.layers.inventory import Layer
 
 
 def inspect(
@@ -32,14 +32,14 @@ def inspect(
     """
     from dataclasses import replace
 
-    from tdkit.api import resolve_methods
-    from tdkit.candidates import unsupported_by_all
     from tdkit.cli.common import Source, file_json, open_model, open_registry
     from tdkit.cli.display import note, stdout
-    from tdkit.compression import one_sample
-    from tdkit.costs import model_parameters
-    from tdkit.layers import find_layers
-    from tdkit.uncounted import left_out, outside_macs
+    from tdkit.compression.scoring import unsupported_by_all
+    from tdkit.costs.uncounted import left_out, outside_macs
+    from tdkit.forward.inputs import one_sample
+    from tdkit.layers.counting import model_parameters
+    from tdkit.layers.inventory import find_layers
+    from tdkit.registry import resolve_methods
 
     registry = open_registry()
     source = Source(model, arch, weights, allow_class or (), unsafe_load, input_shape, device)

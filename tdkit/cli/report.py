@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from tdkit.study.analysis import Advice, Analysis
+    from tdkit.study.report.conclusions import Advice, Analysis
 
 
 def report(
@@ -30,8 +30,8 @@ def report(
     """
     from tdkit.cli.display import say, waiting
     from tdkit.recipes import parse_recipe
-    from tdkit.study.page import write_report
     from tdkit.study.recipe import StudyRecipe
+    from tdkit.study.report.page import write_report
     from tdkit.study.store import read_results
 
     results = read_results(run)
@@ -46,7 +46,7 @@ def report(
 def print_summary(analysis: Analysis) -> None:
     """Print what the report says first: the advice, tau by error, and the verdict on each keep."""
     from tdkit.cli.display import say, show, stdout
-    from tdkit.study.findings import caveats, findings
+    from tdkit.study.report.findings import caveats, findings
 
     console = stdout()
     console.print(f"{analysis.title}\n")
@@ -64,7 +64,7 @@ def print_summary(analysis: Analysis) -> None:
 def _errors(analysis: Analysis, advice: Advice) -> Table:
     """Figure 2 as a table."""
     from tdkit.cli.display import table
-    from tdkit.study.findings import between, metric_name, signed, stage_name, std_or_dash
+    from tdkit.study.report.findings import between, metric_name, signed, stage_name, std_or_dash
 
     published = {
         both.paper.metric: both.paper
@@ -92,7 +92,7 @@ def _errors(analysis: Analysis, advice: Advice) -> Table:
 def _keeps(advice: Advice) -> Table:
     """Figure 1 as a table, with the verdicts."""
     from tdkit.cli.display import table
-    from tdkit.study.findings import between, metric_name, signed, stage_name, verdict_text
+    from tdkit.study.report.findings import between, metric_name, signed, stage_name, verdict_text
 
     name = advice.metric or advice.best
     title = f"{stage_name(advice.stage)}: the same at each keep"

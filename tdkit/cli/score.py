@@ -11,7 +11,7 @@ import typer
 from tdkit.cli import options
 
 if TYPE_CHECKING:
-    from tdkit.candidates import Candidate
+    from tdkit.planners.candidate import Candidate
 
 
 def score(
@@ -45,9 +45,6 @@ def score(
 
     Example: `tdkit score garipov --methods tucker,tt`
     """
-    from tdkit.api import resolve_methods, resolve_metrics
-    from tdkit.candidates import PAPER_KEEPS, Grid, to_json
-    from tdkit.candidates import score as score_candidates
     from tdkit.checkpoint import atomic_write, check_writable
     from tdkit.cli.common import (
         Source,
@@ -61,9 +58,14 @@ def score(
         parse_names,
     )
     from tdkit.cli.display import note, progress_bar, say, stdout
-    from tdkit.compression import one_sample, refuse_closed
-    from tdkit.copying import own_copy
-    from tdkit.layers import find_layers
+    from tdkit.compression.compress import refuse_closed
+    from tdkit.compression.scoring import PAPER_KEEPS, Grid
+    from tdkit.compression.scoring import score as score_candidates
+    from tdkit.forward.copying import own_copy
+    from tdkit.forward.inputs import one_sample
+    from tdkit.layers.inventory import find_layers
+    from tdkit.planners.candidate import to_json
+    from tdkit.registry import resolve_methods, resolve_metrics
 
     registry = open_registry()
     metrics = resolve_metrics(registry, parse_names(metric, "--metric") or [])

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from tdkit.datasets.base import Dataset
-    from tdkit.recipes import TrainRecipe
-    from tdkit.training import Evaluation, TrainingResult
+    from tdkit.training.loop import Evaluation, TrainingResult
+    from tdkit.training.recipe import TrainRecipe
 
 
 def train(
@@ -41,7 +41,8 @@ def train(
 
     Example: `tdkit train garipov-fashion-mnist`
     """
-    from tdkit.recipes import TrainRecipe, find_recipe, load_recipe
+    from tdkit.recipes import find_recipe, load_recipe
+    from tdkit.training.recipe import TrainRecipe
 
     # What is wrong with the recipe's name or text is told before torch is imported.
     file = find_recipe(recipe)
@@ -49,9 +50,10 @@ def train(
 
     from tdkit.cli.common import open_dataset, open_registry, pick_device
     from tdkit.cli.display import say
-    from tdkit.cli.fitting import Resume, check_place, fit
+    from tdkit.cli.fitting import check_place, fit
     from tdkit.registry import lookup
-    from tdkit.training import evaluate, initial_model
+    from tdkit.training.loop import evaluate, initial_model
+    from tdkit.training.resume import Resume
 
     target = pick_device(device)
     path = _writable(output or Path(settings.output), file, force)
@@ -134,7 +136,7 @@ def _provenance(
 
     import torch
 
-    from tdkit import __version__
+    from tdkit.version import __version__
 
     return {
         "recipe": recipe_file.read_text(encoding="utf-8"),

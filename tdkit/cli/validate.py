@@ -17,13 +17,14 @@ from tdkit.errors import UnreadableFileError, UnsupportedError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tdkit.opening import Source, Suit
-    from tdkit.study.analysis import Analysis
+    from tdkit.opening import Source
+    from tdkit.study.opening import Suit
     from tdkit.study.recipe import StudyRecipe
     from tdkit.study.records import Results
+    from tdkit.study.report.conclusions import Analysis
     from tdkit.study.running import Pool
     from tdkit.study.store import Store
-    from tdkit.study.units import Workspace
+    from tdkit.study.workspace import Workspace
 
 
 def validate(
@@ -163,8 +164,8 @@ class _Settings:
 
 def _study(text: str | None, model: str | None, data: str | None) -> _Study:
     """The recipe, quick by default; with a model of the user's a study of that."""
-    from tdkit.opening import Suit
     from tdkit.recipes import find_recipe, load_recipe
+    from tdkit.study.opening import Suit
     from tdkit.study.recipe import StudyRecipe, bundled_recipe, own_study
 
     runs = Path("runs")
@@ -223,7 +224,7 @@ def _run(settings: _Settings, pool: Pool | None) -> tuple[Results, Workspace]:
     """Open the study, and measure what its run folder lacks."""
     from tdkit.cli.common import open_registry
     from tdkit.cli.display import note, waiting
-    from tdkit.opening import NamedStudy
+    from tdkit.study.opening import NamedStudy
     from tdkit.study.recipe import to_toml
     from tdkit.study.store import Store, set_aside
     from tdkit.study.trials import identity, plan_trials
@@ -296,8 +297,8 @@ def _finish(
     from tdkit.cli.common import file_json
     from tdkit.cli.display import note, say, stdout, waiting
     from tdkit.cli.report import print_summary
-    from tdkit.study.analysis import analyse
-    from tdkit.study.page import write_report
+    from tdkit.study.report.analysis import analyse
+    from tdkit.study.report.page import write_report
 
     failed = [m for m in results.measurements if m.failure is not None]
     if len(failed) == len(results.measurements):

@@ -1,9 +1,9 @@
 """The contract of a decomposition, and everything that follows from it.
 
-An author writes which layers, which rank for a keep, which stages (ordinary torch layers, described
-by :class:`~tdkit.specs.LayerSpec`) and their weights. Groups never show up: a grouped layer is
-decomposed group by group and its stages are put side by side again. Reconstruction, errors,
-parameter and MAC counts follow from the stages.
+An author writes which layers, which rank for a keep, which stages (ordinary torch layers,
+described by :class:`~tdkit.layers.spec.LayerSpec`) and their weights. Groups never show up: a
+grouped layer is decomposed group by group and its stages are put side by side again.
+Reconstruction, errors, parameter and MAC counts follow from the stages.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tdkit.errors import UnsupportedError, UsageError
-from tdkit.specs import LayerSpec
+from tdkit.layers.spec import LayerSpec
 
 Rank = int | tuple[int, ...]
 

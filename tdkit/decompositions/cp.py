@@ -17,7 +17,7 @@ from torch import Tensor
 from tdkit.decompositions.base import Decomposition, Prepared, Rank
 from tdkit.decompositions.spectra import leading_basis
 from tdkit.errors import UsageError
-from tdkit.specs import LayerSpec
+from tdkit.layers.spec import LayerSpec
 
 STARTS = ("orthogonal", "uniform")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tdkit.decompositions.base import Decomposition, Prepared, Rank
 from tdkit.decompositions.spectra import leading_basis, tail_norms
-from tdkit.specs import LayerSpec
+from tdkit.layers.spec import LayerSpec
 
 
 class Svd(Decomposition):

@@ -19,7 +19,7 @@ from torch import Tensor
 from tdkit.decompositions.base import Decomposition, Prepared, Rank
 from tdkit.decompositions.hosvd import hosvd
 from tdkit.decompositions.spectra import energies, fitted, leading_basis, tail_norms
-from tdkit.specs import LayerSpec
+from tdkit.layers.spec import LayerSpec
 
 
 class TensorTrain(Decomposition):

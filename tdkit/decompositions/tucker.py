@@ -17,7 +17,7 @@ from torch import Tensor
 from tdkit.decompositions.base import Decomposition, Prepared, Rank
 from tdkit.decompositions.hosvd import hosvd, project
 from tdkit.decompositions.spectra import fitted, leading_basis
-from tdkit.specs import LayerSpec
+from tdkit.layers.spec import LayerSpec
 
 # HOOI for the one rank that is taken: its error has settled long before.
 _REFINING = 20

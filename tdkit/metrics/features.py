@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdkit.errors import UnsupportedError
-from tdkit.layers import copies, first_line, trial
+from tdkit.errors import UnsupportedError, first_line
+from tdkit.forward.inputs import copies
+from tdkit.forward.trial import trial
 from tdkit.metrics.base import Metric, absolute, relative, scaled
 
 RELATIVE = Metric("relative-features", "features", relative)

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from tdkit.compression.verification import dense_weight
 from tdkit.datasets.base import Dataset, stratified_split
 from tdkit.errors import UsageError
-from tdkit.layers import Layer, replace_layer
-from tdkit.training import train, trainable_splits
-from tdkit.verification import dense_weight
+from tdkit.layers.inventory import Layer, replace_layer
+from tdkit.training.loop import train, trainable_splits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tdkit.study.recipe import FinetuneRecipe
     from tdkit.study.records import Trial
-    from tdkit.study.units import Workspace
+    from tdkit.study.workspace import Workspace
 
 
 def fine_tuned(

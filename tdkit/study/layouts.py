@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tdkit.layers import copies, trial
+from tdkit.forward.inputs import copies
+from tdkit.forward.trial import trial
 
 # Weights of a wide convolution, at least: 2 MiB in float32, what a core's cache holds.
 _WIDE = 2**19

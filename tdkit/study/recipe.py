@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
 from tdkit.errors import UsageError
-from tdkit.recipes import BUNDLED, FitRecipe, load_recipe, require
+from tdkit.recipes import BUNDLED, load_recipe, require
+from tdkit.training.recipe import FitRecipe
 
 SplitName = Literal["train", "validation", "test"]
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tdkit.decompositions.base import Rank
+from tdkit.decompositions.base import (
+    Rank,
+)
 
 Stage = Literal["before", "after"]
 """Of fine-tuning: the performance error p, or p* (section 3.1 of the paper)."""
@@ -140,3 +142,8 @@ def pack(correct: NDArray[np.bool_]) -> bytes:
 def unpack(bits: bytes, images: int) -> NDArray[np.bool_]:
     """The inverse of :func:`pack`."""
     return np.unpackbits(np.frombuffer(bits, np.uint8), count=images).astype(bool)
+
+
+def alike(trial: Trial) -> Trial:
+    """What a trial's outcome depends on: everything but the keep that led to its rank."""
+    return replace(trial, keep=0.0)

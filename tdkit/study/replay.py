@@ -29,9 +29,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from tdkit.errors import TdkitError, UnsupportedError, UsageError
-from tdkit.layers import Layer, copies, first_line, mode, replace_layer, trial
-from tdkit.operators import OperatorMode
+from tdkit.errors import TdkitError, UnsupportedError, UsageError, first_line
+from tdkit.forward.inputs import copies
+from tdkit.forward.operators import OperatorMode
+from tdkit.forward.trial import mode, trial
+from tdkit.layers.inventory import Layer, replace_layer
 
 Watch = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Any], None]
 """Called with the layer, its arguments, its options and its output, like a forward hook."""

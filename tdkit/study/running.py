@@ -27,16 +27,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from tdkit.errors import TdkitError, UsageError
-from tdkit.study import units
-from tdkit.study.records import Baseline, Measurement, Results, Trial
-from tdkit.study.trials import alike, differences, effort, identity
-from tdkit.study.trials import units as cut
+from tdkit.study import measuring
+from tdkit.study.records import Baseline, Measurement, Results, Trial, alike
+from tdkit.study.trials import differences, effort, identity, units
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
     from tdkit.study.store import Store
-    from tdkit.study.units import Workspace
+    from tdkit.study.workspace import Workspace
 
 Measure = Callable[["Workspace", Sequence[Trial]], list[Measurement]]
 Unit = tuple[Trial, ...]
@@ -71,8 +70,8 @@ def run(
     retry_failed: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
     note: Callable[[str], None] = lambda text: None,
-    measure: Measure = units.measure,
-    baseline: Callable[[Workspace], Baseline] = units.baseline,
+    measure: Measure = measuring.measure,
+    baseline: Callable[[Workspace], Baseline] = measuring.baseline,
 ) -> Results:
     """Measure what the plan of a store lacks; everything is stored as soon as it is there.
 
@@ -107,7 +106,7 @@ def run(
     total = sum(efforts.values())
     missing = sum(efforts[trial] for trial in left)
     progress(total - missing, total)
-    chunks = cut(workspace, left)
+    chunks = units(workspace, left)
     if pool is None:
         results = _inline(workspace, measure, chunks)
     else:

@@ -6,15 +6,14 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tdkit import __version__
-from tdkit.candidates import blamed, prepare
 from tdkit.checkpoint import content_hash
+from tdkit.compression.scoring import blamed, prepare
 from tdkit.decompositions.base import (
     Decomposition,
     Prepared,
@@ -24,18 +23,20 @@ from tdkit.decompositions.base import (
     layer_stages,
 )
 from tdkit.errors import UnsupportedError, UsageError, unknown_name
-from tdkit.layers import Layer, matches
+from tdkit.layers.inventory import Layer, matches
 from tdkit.study.records import Trial
-from tdkit.training import trainable_splits
+from tdkit.training.loop import trainable_splits
+from tdkit.version import __version__
 
 if TYPE_CHECKING:
     from torch import nn
 
     from tdkit.datasets.base import Dataset
+    from tdkit.layers.spec import LayerSpec
     from tdkit.metrics.base import Metric
-    from tdkit.specs import LayerSpec
     from tdkit.study.recipe import StudyRecipe
-    from tdkit.study.units import Workspace
+    from tdkit.study.workspace import Workspace
+from tdkit.study.records import alike
 
 # Trials that share one pass over the images. More save passes of the dense model; fewer are stored
 # sooner, spread more evenly over workers and cost less when they are interrupted.
@@ -116,11 +117,6 @@ def units(workspace: Workspace, trials: Sequence[Trial]) -> list[tuple[Trial, ..
     ]
     chunks += [[s] for s in sorted(after, key=lambda trials: trials[0].run)]
     return [tuple(trial for trials in chunk for trial in trials) for chunk in chunks]
-
-
-def alike(trial: Trial) -> Trial:
-    """What a trial's outcome depends on: everything but the keep that led to its rank."""
-    return replace(trial, keep=0.0)
 
 
 def effort(workspace: Workspace, trial: Trial) -> int:

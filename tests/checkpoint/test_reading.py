@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from tdkit.checkpoint import content_hash, load_into, load_model, save_model
-from tdkit.checkpoint.classes import allowlist
 from tdkit.checkpoint.contents import read_contents
-from tdkit.checkpoint.sniff import kind_of
+from tdkit.checkpoint.safe.classes import allowlist
+from tdkit.checkpoint.safe.kinds import kind_of
 from tdkit.checkpoint.states import build_light, expected_shapes
 from tdkit.errors import TdkitError, UnreadableFileError, UnsafeFileError, UsageError
 from tdkit.hookspecs import ModelRecord

@@ -14,7 +14,7 @@ from tdkit.checkpoint import load_model
 from tdkit.checkpoint.recognition import may_be
 from tdkit.checkpoint.states import build_light
 from tdkit.errors import TdkitError
-from tdkit.specs import KINDS
+from tdkit.layers.spec import KINDS
 
 EXCEPTIONS: dict[str, str] = {}
 """Classifiers that do not load when saved whole, with the reason; the documentation lists them."""

@@ -35,7 +35,7 @@ from tdkit.checkpoint import (
 )
 from tdkit.errors import StorageError, UnreadableFileError, UnsupportedError, UsageError
 from tdkit.hookspecs import ModelRecord
-from tdkit.specs import spec_of
+from tdkit.layers.spec import spec_of
 
 ROOT = Path(__file__).parents[2]
 SUFFIXES = {

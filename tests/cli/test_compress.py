@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
 import tdkit as library
-from tdkit import compression
+from tdkit.compression import compress as compress_module
 from tdkit.registry import load_registry
-from tdkit.training import evaluate
+from tdkit.training.loop import evaluate
 
 # Enough for the toy model: one method, one sample per timed pass.
 FAST = ("--methods", "svd", "--batch-size", "1")
@@ -401,17 +401,17 @@ def test_what_can_be_told_before_the_work_is(
 
     (tmp_path / "there.pt").write_text("mine")
     (tmp_path / "other.pt.plan.json").write_text("mine")
-    monkeypatch.setattr("tdkit.compression.compress_model", work)
+    monkeypatch.setattr("tdkit.compression.compress.compress_model", work)
     assert tdkit("compress", "toy.pt", *arguments, *FAST).status == status
 
 
 def test_a_file_that_another_run_wrote_meanwhile_is_kept(tdkit, toy, tmp_path, monkeypatch) -> None:
-    def compress(*args: Any, **options: Any) -> compression.Compression:
+    def compress(*args: Any, **options: Any) -> compress_module.Compression:
         (tmp_path / "small.pt").write_text("the other run's")
         return really_compress(*args, **options)
 
-    really_compress = compression.compress_model
-    monkeypatch.setattr("tdkit.compression.compress_model", compress)
+    really_compress = compress_module.compress_model
+    monkeypatch.setattr("tdkit.compression.compress.compress_model", compress)
     done = tdkit("compress", "toy.pt", "-o", "small.pt", *FAST)
     assert done.status == 6
     assert "small.pt exists" in done.stderr
@@ -749,7 +749,7 @@ def test_a_fine_tuning_that_cannot_be_done_is_told_before_the_work(
     for place in ("plain", "unlabelled/train", "unlabelled/val"):
         (tmp_path / place).mkdir(parents=True)
         to_pil_image(torch.zeros(3, 12, 12)).save(tmp_path / place / "1.png")
-    monkeypatch.setattr("tdkit.compression.compress_model", work)
+    monkeypatch.setattr("tdkit.compression.compress.compress_model", work)
     done = tdkit("compress", "toy.pt", *arguments, "-o", "small.pt", *FAST)
     assert done.status == status
     assert says in done.stderr

@@ -18,14 +18,14 @@ import torch
 from torch import nn
 
 import tdkit as library
-from tdkit import training
 from tdkit.checkpoint import load_model
 from tdkit.checkpoint.writing import save_model
 from tdkit.cli.fitting import _Progress
 from tdkit.datasets.base import Dataset
-from tdkit.recipes import FitRecipe, OptimizerRecipe
 from tdkit.registry import load_registry
-from tdkit.training import Epoch, evaluate
+from tdkit.training import loop
+from tdkit.training.loop import Epoch, evaluate
+from tdkit.training.recipe import FitRecipe, OptimizerRecipe
 
 PLUGIN = """
 from tdkit.hookspecs import DatasetRecord, hookimpl
@@ -270,7 +270,7 @@ EPOCHS = ("--epochs", "5", "--patience", "5", "--resume", "state.pt")
 def test_the_same_command_goes_on_after_a_stop(tdkit, toy, tmp_path, monkeypatch, last) -> None:
     whole = tdkit("finetune", "toy.pt", *FAST, "--epochs", "5", "--patience", "5", "-o", "whole.pt")
     evaluated = iter(range(last + 3))
-    real = training.evaluate
+    real = loop.evaluate
 
     def stopping(*args, **options):
         # The first one is on the test split, then one per epoch and one before.
@@ -279,7 +279,7 @@ def test_the_same_command_goes_on_after_a_stop(tdkit, toy, tmp_path, monkeypatch
         return real(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "evaluate", stopping)
+        patch.setattr(loop, "evaluate", stopping)
         done = tdkit("finetune", "toy.pt", *FAST, *EPOCHS)
     assert done.status == 130
     assert done.stderr.endswith(
@@ -299,7 +299,7 @@ def test_without_a_state_a_stop_says_how_there_could_be_one(tdkit, toy, tmp_path
     def stop(*args, **options) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(training.torch.optim.SGD, "step", stop)
+    monkeypatch.setattr(loop.torch.optim.SGD, "step", stop)
     done = tdkit("finetune", "toy.pt", *FAST)
     assert done.status == 143
     assert done.stderr.endswith("; with --resume FILE a training can go on after a stop\n")
@@ -308,9 +308,10 @@ def test_without_a_state_a_stop_says_how_there_could_be_one(tdkit, toy, tmp_path
 
 KILLED = """
 import os, signal, sys
-from tdkit import cli, training
+from tdkit import cli
+from tdkit.training import loop
 
-real, left = training.evaluate, int(sys.argv.pop(1))
+real, left = loop.evaluate, int(sys.argv.pop(1))
 
 def evaluate(*args, **options):
     global left
@@ -319,7 +320,7 @@ def evaluate(*args, **options):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args, **options)
 
-training.evaluate = evaluate
+loop.evaluate = evaluate
 cli.main()
 """
 
@@ -397,7 +398,7 @@ def test_what_cannot_be_done_is_told_before_the_work(
     (tmp_path / "plain" / "cat").mkdir(parents=True)
     Image.new("L", (12, 12)).save(tmp_path / "plain" / "cat" / "1.png")
     (tmp_path / "there.pt").write_text("mine")
-    monkeypatch.setattr("tdkit.training.train", work)
+    monkeypatch.setattr("tdkit.training.loop.train", work)
     before = {path.name for path in tmp_path.iterdir()}
     done = tdkit("finetune", *arguments)
     assert done.status == status

@@ -83,7 +83,7 @@ def test_an_output_that_cannot_be_is_refused_before_the_work(
     def work(*args: object, **options: object) -> None:
         raise AssertionError("it went to work")
 
-    monkeypatch.setattr("tdkit.study.page.analyse", work)
+    monkeypatch.setattr("tdkit.study.report.page.analyse", work)
     (tmp_path / "file").write_text("mine")
     done = tdkit("report", "run", "-o", "file")
     assert done.status == 6

@@ -186,8 +186,8 @@ def test_a_model_and_a_folder_of_ones_own(tdkit, folder_of_images, tmp_path, mon
 
 
 def test_large_images_come_in_small_batches_unless_the_user_says_otherwise() -> None:
-    from tdkit.opening import Suit, make_workspace
     from tdkit.registry import load_registry
+    from tdkit.study.opening import Suit, make_workspace
 
     images = torch.zeros(60, 3, 224, 224, dtype=torch.uint8)
     part = images, torch.arange(60) % 2
@@ -209,8 +209,8 @@ def test_channels_come_last_unless_the_model_views_its_features(views) -> None:
     from dataclasses import replace
 
     from tdkit.datasets.base import in_memory_dataset
-    from tdkit.opening import make_workspace
     from tdkit.registry import load_registry
+    from tdkit.study.opening import make_workspace
 
     class Net(torch.nn.Module):
         def __init__(self) -> None:

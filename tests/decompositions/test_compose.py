@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 from tdkit.decompositions.base import compose
-from tdkit.specs import LayerSpec, spec_of
+from tdkit.layers.spec import LayerSpec, spec_of
 
 KERNELS = {
     "none": [(1, 1), (1, 1)],

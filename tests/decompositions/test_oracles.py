@@ -20,7 +20,7 @@ from tdkit.decompositions.svd import Svd
 from tdkit.decompositions.tt import TensorTrain, size
 from tdkit.decompositions.tucker import Tucker
 from tdkit.errors import UsageError
-from tdkit.specs import spec_of
+from tdkit.layers.spec import spec_of
 
 RANKS = [(2, 3), (5, 4), (7, 2)]
 

@@ -7,7 +7,7 @@ from tdkit.decompositions.base import as_tuple, count
 from tdkit.decompositions.cp import Cp
 from tdkit.decompositions.tt import TensorTrain
 from tdkit.decompositions.tucker import Tucker
-from tdkit.specs import LayerSpec, spec_of
+from tdkit.layers.spec import LayerSpec, spec_of
 
 KEEPS = (0.1, 0.25, 0.5, 0.75, 0.9)
 

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdkit.api import method_limits, resolve_methods, resolve_metrics
-from tdkit.candidates import Grid, score
-from tdkit.compression import Goal, apply_plan, make_plan, one_sample, random_inputs
-from tdkit.layers import find_layers
-from tdkit.registry import load_registry, lookup
+from tdkit.compression.compress import Goal, apply_plan, make_plan
+from tdkit.compression.scoring import Grid, score
+from tdkit.compression.verification import dense_weight
+from tdkit.forward.inputs import one_sample, random_inputs
+from tdkit.layers.inventory import find_layers
+from tdkit.registry import load_registry, lookup, method_limits, resolve_methods, resolve_metrics
 from tdkit.study.store import Store
 from tdkit.study.trials import identity, plan_trials
-from tdkit.verification import dense_weight
 
 FOLDER = Path(__file__).parent
 BUDGETS = {

@@ -24,15 +24,15 @@ from typing import TYPE_CHECKING
 import tiny_study
 import torch
 
-from tdkit.recipes import OptimizerRecipe
-from tdkit.study import trials, units
+from tdkit.study import measuring, trials
 from tdkit.study.recipe import FinetuneRecipe, to_toml
 from tdkit.study.records import Measurement, Results, Trial
 from tdkit.study.running import run
 from tdkit.study.store import FILE, Store, read_results
+from tdkit.training.recipe import OptimizerRecipe
 
 if TYPE_CHECKING:
-    from tdkit.study.units import Workspace
+    from tdkit.study.workspace import Workspace
 
 RECIPE = replace(
     tiny_study.RECIPE,
@@ -119,7 +119,7 @@ def logging(folder: Path) -> Callable[[Workspace, Sequence[Trial]], list[Measure
     def measure(workspace: Workspace, chunk: Sequence[Trial]) -> list[Measurement]:
         with log.open("a") as file:
             file.writelines(f"{trial!r}\n" for trial in chunk)
-        return units.measure(workspace, chunk)
+        return measuring.measure(workspace, chunk)
 
     return measure
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from tdkit.datasets.base import Dataset, in_memory_dataset
-from tdkit.opening import make_workspace
 from tdkit.registry import load_registry
+from tdkit.study.opening import make_workspace
 from tdkit.study.recipe import ImagesRecipe, MethodRecipe, StudyRecipe
 from tdkit.study.records import Baseline, Measurement, pack
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tdkit.study.records import Trial
-    from tdkit.study.units import Workspace
+    from tdkit.study.workspace import Workspace
 
 RECIPE = StudyRecipe(
     title="A tiny study",

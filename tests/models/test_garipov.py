@@ -10,7 +10,7 @@ from tdkit.datasets import sample
 from tdkit.errors import UnreadableFileError
 from tdkit.models import garipov
 from tdkit.models.garipov import WEIGHTS_FILE, create, fashion_mnist_weights
-from tdkit.training import evaluate
+from tdkit.training.loop import evaluate
 
 
 def test_layers_are_those_of_the_paper():

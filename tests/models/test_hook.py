@@ -1,15 +1,15 @@
 import subprocess
 import sys
 
-from tdkit.models import tdkit_models
+from tdkit.builtin import tdkit_models
 
 
 def test_the_hooks_import_no_torch():
     script = (
         "import sys\n"
         "import tdkit.models, tdkit.datasets\n"
-        "assert len(tdkit.models.tdkit_models()) == 82\n"
-        "assert len(tdkit.datasets.tdkit_datasets()) == 4\n"
+        "assert len(tdkit.builtin.tdkit_models()) == 82\n"
+        "assert len(tdkit.builtin.tdkit_datasets()) == 4\n"
         "heavy = {'torch', 'torchvision', 'numpy', 'PIL'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

@@ -11,20 +11,21 @@ import torch
 from tiny_study import RECIPE as STUDY
 from torch import Tensor, nn
 
-from tdkit.candidates import factorize, prepare
+from tdkit.compression.scoring import factorize, prepare
 from tdkit.datasets.base import Dataset, TensorSplit
 from tdkit.decompositions.cp import Cp
 from tdkit.decompositions.tt import TensorTrain
 from tdkit.decompositions.tucker import Tucker
 from tdkit.errors import TdkitError, UsageError
-from tdkit.layers import Layer, find_layers
+from tdkit.layers.inventory import Layer, find_layers
 from tdkit.metrics.weights import RELATIVE
-from tdkit.recipes import OptimizerRecipe
 from tdkit.study.finetuning import _seed, fine_tuned, training_images, weight_norms
+from tdkit.study.measuring import measure
 from tdkit.study.recipe import FinetuneRecipe
 from tdkit.study.records import Trial
-from tdkit.study.units import Workspace, measure
-from tdkit.training import evaluate
+from tdkit.study.workspace import Workspace
+from tdkit.training.loop import evaluate
+from tdkit.training.recipe import OptimizerRecipe
 
 RECIPE = FinetuneRecipe(epochs=3, batch_size=16, optimizer=OptimizerRecipe("sgd", 0.02))
 

@@ -15,16 +15,9 @@ from torch import nn
 
 from tdkit.decompositions.base import as_tuple
 from tdkit.errors import UsageError
-from tdkit.opening import make_workspace
-from tdkit.recipes import (
-    BUNDLED,
-    OptimizerRecipe,
-    ScheduleRecipe,
-    TrainRecipe,
-    load_recipe,
-    parse_recipe,
-)
+from tdkit.recipes import BUNDLED, load_recipe, parse_recipe
 from tdkit.registry import load_registry
+from tdkit.study.opening import make_workspace
 from tdkit.study.recipe import (
     METRICS,
     FinetuneRecipe,
@@ -40,7 +33,8 @@ from tdkit.study.recipe import (
 )
 from tdkit.study.store import read_results
 from tdkit.study.trials import identity, plan_trials
-from tdkit.training import last_learning_rate
+from tdkit.training.loop import last_learning_rate
+from tdkit.training.recipe import OptimizerRecipe, ScheduleRecipe, TrainRecipe
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted(BUNDLED.glob("*.toml"))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tdkit.errors import UnsupportedError, UsageError
-from tdkit.layers import Layer, replace_layer
+from tdkit.layers.inventory import Layer, replace_layer
 from tdkit.metrics.features import ABSOLUTE, RELATIVE, Watched, feature_errors
 from tdkit.study import replay
 from tdkit.study.replay import dense_predictions, predictions, replaced_predictions

@@ -21,13 +21,14 @@ import tiny_study
 import torch
 
 from tdkit.errors import TdkitError, UsageError
-from tdkit.opening import NamedStudy, ObjectStudy, Source
-from tdkit.recipes import OptimizerRecipe
+from tdkit.opening import Source
+from tdkit.study.opening import NamedStudy, ObjectStudy
 from tdkit.study.recipe import FinetuneRecipe, RankRecipe, to_toml
 from tdkit.study.records import Measurement
 from tdkit.study.running import Pool, dask, processes, run
 from tdkit.study.store import Store, read_results
 from tdkit.study.trials import identity, plan_trials, units
+from tdkit.training.recipe import OptimizerRecipe
 
 RECIPE = tiny_study.RECIPE
 FINETUNE = FinetuneRecipe(

@@ -13,15 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tdkit.candidates import prepare
+from tdkit.compression.scoring import prepare
 from tdkit.decompositions.base import count, layer_stages
 from tdkit.decompositions.cp import Cp
 from tdkit.decompositions.svd import Svd
 from tdkit.errors import UnsupportedError, UsageError
 from tdkit.hookspecs import DecompositionRecord
-from tdkit.opening import make_workspace
-from tdkit.recipes import OptimizerRecipe
 from tdkit.registry import load_registry
+from tdkit.study.opening import make_workspace
 from tdkit.study.recipe import (
     FinetuneRecipe,
     ImagesRecipe,
@@ -29,9 +28,8 @@ from tdkit.study.recipe import (
     PublishedRecipe,
     RankRecipe,
 )
-from tdkit.study.records import Trial
+from tdkit.study.records import Trial, alike
 from tdkit.study.trials import (
-    alike,
     check_data,
     chosen_layers,
     differences,
@@ -40,6 +38,7 @@ from tdkit.study.trials import (
     plan_trials,
     units,
 )
+from tdkit.training.recipe import OptimizerRecipe
 
 RECIPE = tiny_study.RECIPE
 FINETUNE = FinetuneRecipe(

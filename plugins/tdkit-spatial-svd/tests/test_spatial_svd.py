@@ -2,8 +2,8 @@ import torch
 from tdkit_spatial_svd import _create
 from torch import nn
 
+from tdkit.layers.spec import spec_of
 from tdkit.registry import load_registry
-from tdkit.specs import spec_of
 from tdkit.testing import DecompositionLaws
 
 

@@ -1,0 +1,1 @@
+"""From a model and a goal to a compressed model."""

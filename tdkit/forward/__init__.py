@@ -1,0 +1,1 @@
+"""Run anybody's model and leave no trace."""

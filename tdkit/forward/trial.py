@@ -1,0 +1,83 @@
+"""Run anybody's model and leave no trace: modes, buffers and random numbers come back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Run a block in train or eval mode, then restore every module's own mode."""
+    before = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, value in before.items():
+            module.training = value
+
+
+@contextmanager
+def trial(model: nn.Module, training: bool = False) -> Iterator[None]:
+    """Run a block in eval or train mode, without gradients and with fixed random numbers.
+
+    Modes, buffers and the random state of Python, NumPy and torch are afterwards as before.
+    """
+    with _kept_buffers(model), _fixed_randomness(model), mode(model, training), torch.no_grad():
+        yield
+
+
+@contextmanager
+def _kept_buffers(model: nn.Module) -> Iterator[None]:
+    tables = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    values = [(buffer, _version(buffer), buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for table, before in tables:
+            table.clear()
+            table.update(before)
+        for buffer, version, value in values:
+            if _version(buffer) != version:
+                buffer.copy_(value)
+            elif _can_change_unseen(buffer):
+                # Writing through .data does not count as a version either. To look whether it is
+                # needed would be to wait for a GPU.
+                buffer.data.copy_(value)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _can_change_unseen(buffer: Tensor) -> bool:
+    # BatchNorm's kernels write running statistics without counting it as a new version.
+    plain = buffer.is_floating_point() and buffer.layout == torch.strided and not buffer.is_meta
+    if not plain or buffer.is_inference():
+        return False
+    # Nothing can be written to an expanded buffer.
+    return all(step or size < 2 for step, size in zip(buffer.stride(), buffer.shape, strict=True))
+
+
+@contextmanager
+def _fixed_randomness(model: nn.Module) -> Iterator[None]:
+    python, arrays = random.getstate(), np.random.get_state()
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            # Not torch.manual_seed, which reaches devices whose state is not kept here.
+            torch.default_generator.manual_seed(0)
+            for device in devices:
+                torch.cuda.default_generators[device].manual_seed(0)
+            random.seed(0)
+            np.random.seed(0)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)

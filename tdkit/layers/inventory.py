@@ -1,0 +1,159 @@
+"""Find a model's compressible layers, and why the others are not; replace one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from tdkit.errors import UnsupportedError, unknown_name
+from tdkit.forward.trace import Call, trace
+from tdkit.layers.counting import macs
+from tdkit.layers.reasons import parameter_users, reason
+from tdkit.layers.spec import KINDS, LayerSpec, spec_of
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolutional or linear layer of a model.
+
+    Attributes:
+        name: Its dotted path.
+        aliases: The other paths under which the same module is registered.
+        kind: The name of its class.
+        spec: Its hyperparameters; None where the class is not one tdkit knows.
+        parameters: Its own parameters, bias included.
+        calls: How one sample passes through it; None when the model was not run.
+        reason: Why it is kept dense; None when it can be decomposed.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    kind: str
+    spec: LayerSpec | None
+    parameters: int
+    calls: tuple[Call, ...] | None = None
+    reason: str | None = None
+
+    @property
+    def macs(self) -> int | None:
+        """Multiply-accumulates per sample; None when the model was not run."""
+        if self.calls is None or self.spec is None:
+            return None
+        return macs([self.spec], self.calls)
+
+
+def find_layers(
+    model: nn.Module,
+    *,
+    inputs: Sequence[Any] | None = None,
+    patterns: Sequence[str] = (),
+    keep_ends: bool = True,
+) -> list[Layer]:
+    """Every convolutional and linear layer in order, with the reason where one is kept dense.
+
+    Args:
+        model: Any module.
+        inputs: Arguments of one forward pass over a single sample; without them MACs stay unknown
+            and the order is that of registration, not that of the calls.
+        patterns: Shell patterns; layers that match none under any of their names are kept dense.
+        keep_ends: Keep the first and the last layer dense, as the paper does.
+
+    Raises:
+        UsageError: If a pattern matches no layer.
+        UnsupportedError: If the model has no parameters, is a single layer, contains itself, or
+            does not run on the inputs.
+    """
+    if next(model.parameters(), None) is None and next(model.buffers(), None) is None:
+        raise UnsupportedError(
+            "the model has no parameters: there is nothing to compress", "give it its weights first"
+        )
+    names = _names(model)
+    calls = trace(model, list(names), inputs) if inputs is not None else None
+    users = parameter_users(model)
+    layers = [
+        Layer(
+            name=paths[0],
+            aliases=tuple(paths[1:]),
+            kind=type(module).__name__,
+            spec=spec_of(module) if isinstance(module, tuple(KINDS.values())) else None,
+            parameters=_own_parameters(module),
+            calls=tuple(calls.get(module, ())) if calls is not None else None,
+            reason=reason(model, module, paths, users),
+        )
+        for module, paths in names.items()
+    ]
+    if calls is not None:
+        order = {names[module][0]: place for place, module in enumerate(calls)}
+        layers.sort(key=lambda layer: order.get(layer.name, len(order)))
+    layers = _select(layers, patterns)
+    return _keep_ends(layers) if keep_ends else layers
+
+
+def replace_layer(model: nn.Module, layer: Layer, module: nn.Module) -> None:
+    """Put a module where the layer is, under every name it has. Changes the model in place."""
+    for path in (layer.name, *layer.aliases):
+        owner, _, attribute = path.rpartition(".")
+        model.get_submodule(owner)._modules[attribute] = module
+
+
+def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
+    names: dict[nn.Module, list[str]] = {}
+    try:
+        for name, module in model.named_modules(remove_duplicate=False):
+            if name and _is_weight_layer(module):
+                names.setdefault(module, []).append(name)
+    except RecursionError as error:
+        raise UnsupportedError(
+            "the model's modules contain themselves", "break the circle: modules form a tree"
+        ) from error
+    if not names and _is_weight_layer(model):
+        raise UnsupportedError(
+            f"the model is itself a single {type(model).__name__}",
+            "wrap it: torch.nn.Sequential(layer)",
+        )
+    return names
+
+
+def _is_weight_layer(module: nn.Module) -> bool:
+    return isinstance(module, tuple(KINDS.values())) or (
+        ".quantized" in type(module).__module__ and hasattr(module, "weight")
+    )
+
+
+def _own_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if not isinstance(p, UninitializedParameter))
+
+
+def _select(layers: list[Layer], patterns: Sequence[str]) -> list[Layer]:
+    chosen = {layer for layer in layers if not patterns}
+    for pattern in patterns:
+        found = {layer for layer in layers if matches(layer, pattern)}
+        if not found:
+            raise unknown_name(pattern, [layer.name for layer in layers], "layer")
+        chosen |= found
+    return [
+        layer if layer in chosen else replace(layer, reason=layer.reason or "not selected")
+        for layer in layers
+    ]
+
+
+def matches(layer: Layer, pattern: str) -> bool:
+    """Whether a shell pattern fits one of the names of a layer."""
+    return any(fnmatchcase(name, pattern) for name in (layer.name, *layer.aliases))
+
+
+def _keep_ends(layers: list[Layer]) -> list[Layer]:
+    # A layer that is never called, such as one that only serves training, is at no end.
+    called = [place for place, layer in enumerate(layers) if layer.calls != ()]
+    if not called:
+        return layers
+    ends = {called[0]: "the first layer is kept dense", called[-1]: "the last layer is kept dense"}
+    return [
+        replace(layer, reason=layer.reason or ends[i]) if i in ends else layer
+        for i, layer in enumerate(layers)
+    ]

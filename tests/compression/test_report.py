@@ -1,0 +1,35 @@
+"""What is told of a compression, beyond what the commands' tests see."""
+
+import pytest
+
+from tdkit.compression.report import Report, near_chance
+
+
+def report(accuracy: float, images: int) -> Report:
+    return Report((1, 1), None, (1, 1), None, (accuracy, 0.0), images)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "images", "classes", "doubted"),
+    [
+        (0.104, 10_000, 10, True),
+        (0.16, 10_000, 10, False),
+        (0.9378, 10_000, 10, False),
+        (0.02, 50_000, 1000, True),
+        (0.69, 50_000, 1000, False),
+        (0.53, 10_000, 2, True),
+        (0.6, 10_000, 2, False),
+        # Two of twenty images are no evidence for one class in ten; half of them are.
+        (0.2, 20, 10, True),
+        (0.5, 20, 10, False),
+        (0.75, 4, 2, True),
+        (1.0, 4, 2, False),
+        (1.0, 9, 1, False),
+    ],
+)
+def test_an_accuracy_near_chance_is_doubted(
+    accuracy: float, images: int, classes: int, doubted: bool
+) -> None:
+    doubt = near_chance(report(accuracy, images), classes)
+    assert (doubt is not None) is doubted
+    assert not doubted or f"{accuracy:.2%} of {images:,} images" in str(doubt)

@@ -1,0 +1,101 @@
+"""Counts in closed form against torch's own counter."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.vision_transformer import VisionTransformer
+
+from tdkit.compression.compress import Goal, compress_model, compressed_macs
+from tdkit.compression.scoring import Grid
+from tdkit.costs.base import total_cost
+from tdkit.forward.trace import Call
+from tdkit.layers.counting import macs, model_parameters, output_size
+from tdkit.layers.inventory import find_layers
+from tdkit.layers.spec import KINDS, LayerSpec, spec_of
+from tdkit.metrics.weights import RELATIVE
+from tdkit.planners.greedy import greedy
+from tdkit.registry import load_registry, resolve_methods
+from tdkit.testing import layer_specs
+
+
+def counted(model: nn.Module, *inputs: Tensor) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(*inputs)
+    return int(counter.get_total_flops()) // 2
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_layer(kind: str) -> None:
+    @settings(max_examples=40, deadline=None, database=None)
+    @given(spec=layer_specs(kind), repeats=st.integers(1, 3))
+    def check(spec: LayerSpec, repeats: int) -> None:
+        size = tuple(range(8, 8 + len(spec.kernel_size))) or (5,)
+        layer = spec.build()
+        channels = (repeats, spec.in_channels, *size)
+        x = torch.zeros(channels if spec.kernel_size else (repeats, *size, spec.in_channels))
+        call = Call(repeats, size) if spec.kernel_size else Call(1, (repeats * 5,))
+        assert macs([spec], [call]) == counted(layer, x)
+        if spec.kernel_size:
+            assert output_size(spec, size) == layer(x).shape[2:]
+
+    check()
+
+
+def test_by_hand() -> None:
+    conv = spec_of(nn.Conv2d(3, 8, 3, stride=2, padding=1))
+    assert output_size(conv, (9, 6)) == (5, 3)
+    assert macs([conv], [Call(1, (9, 6))]) == 8 * 3 * 9 * 5 * 3
+    stages = [conv, spec_of(nn.Conv2d(8, 2, 1))]
+    assert macs(stages, [Call(1, (9, 6)), Call(4, (1, 1))]) == 5 * 3 * (216 + 16) + 4 * (216 + 16)
+    up = spec_of(nn.ConvTranspose1d(3, 2, 4, stride=2))
+    assert macs([up, spec_of(nn.Conv1d(2, 5, 1))], [Call(1, (6,))]) == 6 * 24 + 14 * 10
+    assert macs([conv], []) == 0
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "resnet18": (lambda: torchvision.models.resnet18(weights=None), (3, 64, 64)),
+    "mobilenet": (lambda: torchvision.models.mobilenet_v3_small(weights=None), (3, 64, 64)),
+    "vit": (
+        # In eval mode its attention is one fused operation, which torch's counter leaves out, as
+        # tdkit does: it counts convolutional and linear layers.
+        lambda: VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=5),
+        (3, 32, 32),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_whole_models_dense_and_compressed(name: str) -> None:
+    create, shape = MODELS[name]
+    model = create().eval()
+    x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+    layers = find_layers(model, inputs=[x])
+    assert total_cost(model, layers, "macs") == counted(model, x)
+    assert total_cost(model, layers, "params") == sum(p.numel() for p in model.parameters())
+    grid = Grid(resolve_methods(load_registry(), ["svd", "tucker"]), [RELATIVE], (0.2, 0.4))
+    result = compress_model(model, grid, Goal(0.8), greedy, inputs=[x])
+    assert result.plan.moves
+    assert compressed_macs(result) == counted(result.model, x)
+    for candidate in result.plan.candidates:
+        stages = result.model.get_submodule(candidate.layer)
+        assert candidate.params_after == sum(p.numel() for p in stages.parameters())
+        dense = model.get_submodule(candidate.layer)
+        assert candidate.params_before == sum(p.numel() for p in dense.parameters())
+
+
+def test_shared_parameters_count_once() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    assert model_parameters(model) == 32
+    model[1].weight = model[0].weight
+    assert model_parameters(model) == 16
+
+
+def test_lazy_parameters_count_nothing() -> None:
+    assert model_parameters(nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4))) == 20
