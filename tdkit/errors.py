@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Protocol
 
 
 class TdkitError(Exception):
@@ -60,3 +63,58 @@ def unknown_name(wanted: str, known: Sequence[str], what: str) -> UsageError:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its class where it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+class Spelling(Protocol):
+    """How a door of tdkit, Python or the shell, writes what its users can say."""
+
+    def option(self, key: str, value: object) -> str:
+        """An option, such as ``budget=0.5``; None for the value leaves it open."""
+
+    def command(self, name: str) -> str:
+        """One of tdkit's jobs, such as ``tdkit.compress``."""
+
+
+class PythonSpelling:
+    """As Python is written."""
+
+    def option(self, key: str, value: object) -> str:
+        """``key=value``."""
+        return f"{key}={'' if value is None else repr(value)}"
+
+    def command(self, name: str) -> str:
+        """The function's name."""
+        return f"tdkit.{name}"
+
+
+_SPELLING: ContextVar[Spelling] = ContextVar("spelling", default=PythonSpelling())
+
+
+@contextmanager
+def spelled(spelling: Spelling) -> Iterator[None]:
+    """Let messages that are made inside a block speak to the users of another door."""
+    before = _SPELLING.set(spelling)
+    try:
+        yield
+    finally:
+        _SPELLING.reset(before)
+
+
+def option(key: str, value: object = None) -> str:
+    """An option as whoever reads the message writes it: ``input_shape=(3, 224, 224)`` in Python,
+    ``--input-shape 3,224,224`` in the shell.
+
+    Args:
+        key: Its name in Python, which is the name of the thing itself.
+        value: An example; None leaves it open.
+    """  # noqa: D205
+    return _SPELLING.get().option(key, value)
+
+
+def command(name: str) -> str:
+    """One of tdkit's jobs as whoever reads the message starts it.
+
+    Args:
+        name: Of the public function, such as ``inspect``.
+    """
+    return _SPELLING.get().command(name)

@@ -20,10 +20,11 @@ from tdkit.cli.inspect import inspect
 from tdkit.cli.plugins import plugins
 from tdkit.cli.report import report
 from tdkit.cli.score import score
+from tdkit.cli.spelling import ShellSpelling
 from tdkit.cli.stopping import StoppedError
 from tdkit.cli.train import train
 from tdkit.cli.validate import validate
-from tdkit.errors import TdkitError
+from tdkit.errors import TdkitError, spelled
 from tdkit.version import __version__
 
 app = typer.Typer(
@@ -43,7 +44,7 @@ def _command(run: Callable[..., None]) -> None:
     def apart(**options: Any) -> None:
         from tdkit.cli.display import results_apart
 
-        with results_apart():
+        with results_apart(), spelled(ShellSpelling()):
             run(**options)
 
     app.command()(apart)
