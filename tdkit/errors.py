@@ -87,7 +87,8 @@ class PythonSpelling:
         return f"tdkit.{name}"
 
 
-_SPELLING: ContextVar[Spelling] = ContextVar("spelling", default=PythonSpelling())
+_PYTHON = PythonSpelling()
+_SPELLING: ContextVar[Spelling] = ContextVar("spelling", default=_PYTHON)
 
 
 @contextmanager
