@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tdkit.hookspecs import (
+    DatasetRecord,
     DecompositionRecord,
     MetricRecord,
     ModelRecord,
@@ -23,6 +24,21 @@ if TYPE_CHECKING:
     from tdkit.decompositions.base import Decomposition
     from tdkit.metrics.base import Metric
     from tdkit.planners.base import Planner
+
+
+@hookimpl
+def tdkit_datasets() -> list[DatasetRecord]:
+    """Provide Fashion-MNIST, its bundled sample, CIFAR-10 and folders of images."""
+    return [
+        DatasetRecord("fashion-mnist", "70,000 greyscale images of clothes", _fashion_mnist),
+        DatasetRecord(
+            "fashion-mnist-sample", "3,000 bundled images of Fashion-MNIST", _fashion_mnist_sample
+        ),
+        DatasetRecord("cifar10", "60,000 colour images of ten classes", _cifar10),
+        DatasetRecord(
+            "image-folder", "your own images, one folder per class", _image_folder, takes_path=True
+        ),
+    ]
 
 
 def _fashion_mnist(**options: Any) -> Dataset:

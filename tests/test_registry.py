@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 import pytest
 
-import tdkit.metrics
+import tdkit.builtin
 from tdkit import registry as registry_module
 from tdkit.errors import UsageError
 from tdkit.hookspecs import HOOKS, MetricRecord, hookimpl
@@ -90,7 +90,7 @@ def test_the_built_ins_come_through_the_hooks(monkeypatch) -> None:
     def tdkit_metrics() -> list[MetricRecord]:
         return [MetricRecord("only-this", "instead of the six", dict)]
 
-    monkeypatch.setattr(tdkit.metrics, "tdkit_metrics", tdkit_metrics)
+    monkeypatch.setattr(tdkit.builtin, "tdkit_metrics", tdkit_metrics)
     assert set(load_registry(()).metrics) == {"only-this"}
 
 

@@ -7,7 +7,7 @@ from tdkit.builtin import tdkit_models
 def test_the_hooks_import_no_torch():
     script = (
         "import sys\n"
-        "import tdkit.models, tdkit.datasets\n"
+        "import tdkit.builtin\n"
         "assert len(tdkit.builtin.tdkit_models()) == 82\n"
         "assert len(tdkit.builtin.tdkit_datasets()) == 4\n"
         "heavy = {'torch', 'torchvision', 'numpy', 'PIL'} & set(sys.modules)\n"
