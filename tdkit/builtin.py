@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tdkit.hookspecs import (
+    CostRecord,
     DatasetRecord,
     DecompositionRecord,
     MetricRecord,
@@ -20,6 +21,7 @@ from tdkit.hookspecs import (
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from tdkit.costs.base import Cost
     from tdkit.datasets.base import Dataset
     from tdkit.decompositions.base import Decomposition
     from tdkit.metrics.base import Metric
@@ -65,10 +67,10 @@ def _image_folder(**options: Any) -> Dataset:
     return create(**options)
 
 
-def _svd() -> Decomposition:
+def _svd(**settings: Any) -> Decomposition:
     from tdkit.decompositions.svd import Svd
 
-    return Svd()
+    return Svd(**settings)
 
 
 def _cp(**settings: Any) -> Decomposition:
@@ -83,10 +85,10 @@ def _tucker(**settings: Any) -> Decomposition:
     return Tucker(**settings)
 
 
-def _tt() -> Decomposition:
+def _tt(**settings: Any) -> Decomposition:
     from tdkit.decompositions.tt import TensorTrain
 
-    return TensorTrain()
+    return TensorTrain(**settings)
 
 
 @hookimpl
@@ -126,6 +128,27 @@ def tdkit_metrics() -> list[MetricRecord]:
         for target in needs
         for name, summary in meaning.items()
     ]
+
+
+@hookimpl
+def tdkit_costs() -> list[CostRecord]:
+    """Provide params and macs."""
+    return [
+        CostRecord("params", "parameters of the whole model", _params),
+        CostRecord("macs", "multiply-accumulates of convolutional and linear layers", _macs),
+    ]
+
+
+def _params() -> Cost:
+    from tdkit.costs.params import PARAMS
+
+    return PARAMS
+
+
+def _macs() -> Cost:
+    from tdkit.costs.macs import MACS
+
+    return MACS
 
 
 @hookimpl
@@ -188,5 +211,5 @@ def _greedy() -> Planner:
 @hookimpl
 def tdkit_planners() -> list[PlannerRecord]:
     """Provide greedy."""
-    summary = "least increase of the summed squared errors per unit of cost saved, then exchanges"
+    summary = "least increase of the summed penalties per unit of cost saved, then exchanges"
     return [PlannerRecord("greedy", summary, _greedy)]

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from tdkit.costs.base import Cost
     from tdkit.datasets.base import Dataset
     from tdkit.decompositions.base import Decomposition
     from tdkit.metrics.base import Metric
@@ -66,6 +67,21 @@ class MetricRecord:
     name: str
     summary: str
     create: Callable[[], Metric]
+
+
+@dataclass(frozen=True)
+class CostRecord:
+    """A cost that a budget may bound; see :class:`DecompositionRecord` for the common fields.
+
+    Args:
+        name: What users type after ``--cost``.
+        summary: One line for ``tdkit plugins``.
+        create: Returns the :class:`~tdkit.costs.base.Cost`.
+    """
+
+    name: str
+    summary: str
+    create: Callable[[], Cost]
 
 
 @dataclass(frozen=True)
@@ -132,7 +148,9 @@ class PlannerRecord:
     create: Callable[[], Planner]
 
 
-Record = DecompositionRecord | MetricRecord | ModelRecord | DatasetRecord | PlannerRecord
+Record = (
+    DecompositionRecord | MetricRecord | CostRecord | ModelRecord | DatasetRecord | PlannerRecord
+)
 
 
 @hookspec
@@ -180,17 +198,51 @@ def tdkit_decompositions() -> list[DecompositionRecord]:
 def tdkit_metrics() -> list[MetricRecord]:
     """Provide approximation errors.
 
+    An error is a number of at least 0, larger is worse; its ``penalty`` says by what it adds up
+    over layers. With ``compare`` instead of a value of norms it may look at the tensors.
+
     Example::
 
         from tdkit.hookspecs import MetricRecord, hookimpl
 
         def create():
             from tdkit.metrics.base import Metric
-            return Metric("squared-weights", "weights", lambda error, norm, size: error**2)
+            squared = lambda error, norm, size: error**2
+            return Metric("squared-weights", "weights", squared, penalty="itself")
 
         @hookimpl
         def tdkit_metrics():
             return [MetricRecord("squared-weights", "squared Frobenius norm", create)]
+    """
+    raise AssertionError("a specification is not called")
+
+
+@hookspec
+def tdkit_costs() -> list[CostRecord]:
+    """Provide costs that a budget may bound.
+
+    Example::
+
+        from tdkit.hookspecs import CostRecord, hookimpl
+
+        def create():
+            from tdkit.costs.base import Cost
+
+            class Bytes(Cost):
+                name = "bytes"
+                unit = "bytes"
+
+                def of(self, stages, layer):
+                    return layer.bytes_per_parameter * sum(s.parameters for s in stages)
+
+                def total(self, model, layers):
+                    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+            return Bytes()
+
+        @hookimpl
+        def tdkit_costs():
+            return [CostRecord("bytes", "bytes of all parameters", create)]
     """
     raise AssertionError("a specification is not called")
 
@@ -276,6 +328,7 @@ def tdkit_planners() -> list[PlannerRecord]:
 HOOKS: dict[str, Any] = {
     "tdkit_decompositions": DecompositionRecord,
     "tdkit_metrics": MetricRecord,
+    "tdkit_costs": CostRecord,
     "tdkit_models": ModelRecord,
     "tdkit_datasets": DatasetRecord,
     "tdkit_planners": PlannerRecord,

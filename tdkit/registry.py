@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pluggy
 
 from tdkit import builtin, hookspecs
-from tdkit.errors import UsageError
+from tdkit.errors import UsageError, option
 from tdkit.hookspecs import (
+    CostRecord,
     DatasetRecord,
     DecompositionRecord,
     MetricRecord,
@@ -59,6 +60,7 @@ class Registry:
     Attributes:
         decompositions: The methods.
         metrics: The approximation errors.
+        costs: What a budget may bound.
         models: The architectures.
         datasets: The data sets.
         planners: The planners.
@@ -67,6 +69,7 @@ class Registry:
 
     decompositions: Mapping[str, DecompositionRecord]
     metrics: Mapping[str, MetricRecord]
+    costs: Mapping[str, CostRecord]
     models: Mapping[str, ModelRecord]
     datasets: Mapping[str, DatasetRecord]
     planners: Mapping[str, PlannerRecord]
@@ -237,17 +240,33 @@ def _by_hook(records: _Records) -> dict[str, tuple[str, ...]]:
 
 
 def resolve_methods(
-    registry: Registry, names: Sequence[str] | None = None
+    registry: Registry,
+    names: Sequence[str] | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Decomposition]:
     """Decompositions by name; without names, those that are meant to be used by default.
 
+    Args:
+        registry: Everything that can be named.
+        names: Of methods.
+        settings: By the name of a method, keywords of its constructor.
+
     Raises:
-        UsageError: If a name is unknown.
+        UsageError: If a name is unknown or not among those, or a setting does not fit its method.
     """
+    from tdkit.decompositions.settings import create
+
     records = registry.decompositions
     chosen = [n for n, record in records.items() if record.default] if names is None else names
-    found = [lookup(records, name, "method") for name in chosen]
-    return {record.name: record.create() for record in found}
+    found = {r.name: r for r in (lookup(records, name, "method") for name in chosen)}
+    given = {lookup(records, name, "method").name: s for name, s in (settings or {}).items()}
+    for name in given:
+        if name not in found:
+            raise UsageError(
+                f"there are settings for {name}, which is not among the methods",
+                f"name it with {option('methods')}, or leave them out",
+            )
+    return {name: create(record, given.get(name, {})) for name, record in found.items()}
 
 
 def method_limits(registry: Registry, names: Sequence[str] | None = None) -> dict[str, float]:
@@ -264,3 +283,9 @@ def resolve_metrics(registry: Registry, names: Sequence[str]) -> list[Metric]:
         UsageError: If a name is unknown.
     """
     return [lookup(registry.metrics, name, "metric").create() for name in names]
+
+
+def method_versions(registry: Registry, names: Iterable[str]) -> dict[str, str]:
+    """The versions of tdkit and of the plugins that some methods come from, by distribution."""
+    records = [registry.decompositions[name] for name in names]
+    return {"tdkit": __version__, **registry.versions(records)}

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tdkit.calibration.moments import Moments
-from tdkit.errors import UnsupportedError, UsageError, first_line
-from tdkit.forward.inputs import arguments, copies
+from tdkit.calibration.moments import ChannelStatistics
+from tdkit.errors import UnsupportedError, UsageError, first_line, option
+from tdkit.forward.inputs import Inputs
 from tdkit.forward.trial import trial
 
 Calibration = Literal["none", "noise", "data"]
 """What BatchNorm is fitted to compressed layers on: nothing, noise images, or real ones."""
+
+Statistics = Mapping[str, ChannelStatistics]
+"""By the name of a BatchNorm the mean and variance of what it is given."""
 
 CALIBRATIONS: tuple[Calibration, ...] = get_args(Calibration)
 
@@ -27,9 +30,7 @@ CALIBRATIONS: tuple[Calibration, ...] = get_args(Calibration)
 _VARIANCE_SHARE = 0.75
 
 
-def match_statistics(
-    dense: nn.Module, compressed: nn.Module, batches: Iterable[Tensor | Sequence[Any]]
-) -> int:
+def match_statistics(dense: nn.Module, compressed: nn.Module, batches: Iterable[Inputs]) -> int:
     """Shift the statistics of every BatchNorm as far as compression shifted its input.
 
     Both models see the same inputs, which need not be real ones: with BatchNorm on the statistics
@@ -52,17 +53,50 @@ def match_statistics(
         UsageError: If there are no inputs.
         UnsupportedError: If the models do not run on them, or they are not finite.
     """
-    inputs = _usable([arguments(batch) for batch in batches])
+    inputs = list(batches)
+    return shift_statistics(compressed, norm_statistics(dense, inputs), inputs)
+
+
+def norm_statistics(model: nn.Module, batches: Iterable[Inputs]) -> Statistics:
+    """What every BatchNorm of a model is given, while all of them use the batch's statistics.
+
+    Args:
+        model: It is afterwards as before.
+        batches: See :func:`match_statistics`.
+
+    Raises:
+        UsageError: If there are no inputs.
+        UnsupportedError: If the model does not run on them, or they are not finite.
+    """
+    inputs = _usable(list(batches))
     try:
-        before, after = _input_moments(dense, inputs), _input_moments(compressed, inputs)
+        return _input_statistics(model, inputs)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a model may fail in any way
         raise UnsupportedError(
             f"the model does not run on the data to calibrate on: {first_line(error)}",
-            "take data of the shape that it was trained on, or use --calibrate noise",
+            "take data of the shape that it was trained on, or use"
+            f" {option('calibration', 'noise')}",
         ) from error
-    norms = _norms(compressed)
+
+
+def shift_statistics(compressed: nn.Module, before: Statistics, batches: Iterable[Inputs]) -> int:
+    """The second half of :func:`match_statistics`, when the dense model is no longer at hand.
+
+    Args:
+        compressed: Changed in place.
+        before: From :func:`norm_statistics` of the dense model on the same batches.
+        batches: See :func:`match_statistics`.
+
+    Returns:
+        How many BatchNorm layers were changed.
+
+    Raises:
+        UsageError: If there are no inputs.
+        UnsupportedError: If the model does not run on them, or they are not finite.
+    """
+    after, norms = norm_statistics(compressed, batches), _norms(compressed)
     shared = before.keys() & after.keys()
     return sum(_shift(norms[name], before[name], after[name]) for name in norms if name in shared)
 
@@ -80,33 +114,24 @@ def _norms(model: nn.Module) -> dict[str, _BatchNorm]:
     }
 
 
-def _usable(inputs: list[Sequence[Any]]) -> list[Sequence[Any]]:
+def _usable(inputs: list[Inputs]) -> list[Inputs]:
     if not inputs:
-        raise UsageError("calibrating on data needs some", "name some with --data")
-    if not all(_is_finite(value) for batch in inputs for value in batch):
+        raise UsageError("calibrating on data needs some", f"name some with {option('data')}")
+    if not all(batch.is_finite for batch in inputs):
         raise UnsupportedError(
             "the data to calibrate on hold NaN or infinite values", "take those samples out"
         )
     # BatchNorm has no statistics of a single sample without spatial axes.
-    return inputs[:-1] if len(inputs) > 1 and _is_single(inputs[-1]) else inputs
+    return inputs[:-1] if len(inputs) > 1 and inputs[-1].batch == 1 else inputs
 
 
-def _is_single(batch: Sequence[Any]) -> bool:
-    sizes = (len(value) for value in batch if isinstance(value, Tensor) and value.ndim)
-    return next(sizes, None) == 1
-
-
-def _is_finite(value: Any) -> bool:
-    return not isinstance(value, Tensor) or bool(value.isfinite().all())
-
-
-def _input_moments(model: nn.Module, batches: Iterable[Sequence[Any]]) -> Mapping[str, Moments]:
-    """The moments of what each BatchNorm is given while all of them use the batch's statistics."""
+def _input_statistics(model: nn.Module, batches: Iterable[Inputs]) -> Statistics:
+    """What each BatchNorm is given while all of them use the batch's statistics."""
     norms = _norms(model)
-    found: dict[str, Moments] = {}
+    found: dict[str, ChannelStatistics] = {}
 
     def look(name: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        found.setdefault(name, Moments()).add(args[0])
+        found.setdefault(name, ChannelStatistics()).add(args[0])
 
     handles = [norm.register_forward_pre_hook(partial(look, n)) for n, norm in norms.items()]
     try:
@@ -114,14 +139,14 @@ def _input_moments(model: nn.Module, batches: Iterable[Sequence[Any]]) -> Mappin
             with trial(model):
                 for norm in norms.values():
                     norm.training = True
-                model(*copies(batch))
+                batch.run(model)
     finally:
         for handle in handles:
             handle.remove()
     return found
 
 
-def _shift(norm: _BatchNorm, before: Moments, after: Moments) -> bool:
+def _shift(norm: _BatchNorm, before: ChannelStatistics, after: ChannelStatistics) -> bool:
     """Move running statistics by the difference of two moments; False where there is none."""
     mean, variance = norm.running_mean, norm.running_var
     assert mean is not None

@@ -2,32 +2,56 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tdkit.calibration.batchnorm import CALIBRATIONS, Calibration, has_statistics, match_statistics
+from tdkit.calibration.batchnorm import (
+    CALIBRATIONS,
+    Calibration,
+    Statistics,
+    has_statistics,
+    norm_statistics,
+    shift_statistics,
+)
 from tdkit.calibration.noise import noise_batches
 from tdkit.compression.plan import Move, Plan
-from tdkit.compression.scoring import Grid, blamed, factorize, prepare, score
+from tdkit.compression.scoring import (
+    Grid,
+    blamed,
+    factorize,
+    layer_moments,
+    moments_wanted,
+    prepare,
+    score,
+)
+from tdkit.compression.surgery import Surgery
 from tdkit.compression.verification import verify
-from tdkit.costs.base import Cost, total_cost
+from tdkit.costs.base import Change, Cost, is_known, total_cost
+from tdkit.costs.macs import MACS
+from tdkit.costs.params import PARAMS
 from tdkit.decompositions.base import Decomposition, check_rank
-from tdkit.errors import UnsupportedError, UsageError, first_line, unknown_name
-from tdkit.forward.copying import own_copy
-from tdkit.forward.inputs import is_image, one_sample, two_samples
-from tdkit.layers.counting import macs
-from tdkit.layers.inventory import Layer, find_layers, replace_layer
+from tdkit.decompositions.settings import settings_of
+from tdkit.errors import UnsupportedError, UsageError, command, first_line, option, unknown_name
+from tdkit.forward.inputs import Inputs
+from tdkit.layers.evidence import Evidence
+from tdkit.layers.inventory import Layer
 from tdkit.layers.spec import LayerSpec, spec_of
-from tdkit.metrics.base import relative
+from tdkit.layers.traced import TracedModel
+from tdkit.metrics.base import Metric, relative
+from tdkit.metrics.weights import RELATIVE
 from tdkit.planners.base import Planner
 from tdkit.planners.candidate import Candidate
 from tdkit.planners.objective import choose
+
+# Dense weights, in bytes as float64, that are reconstructed and verified at once: an eighth of the
+# model, but as many small layers as fit into this.
+_BLOCK_SHARE = 8
+_BLOCK_BYTES = 2**24
 
 
 @dataclass(frozen=True)
@@ -36,15 +60,18 @@ class Goal:
 
     Attributes:
         budget: The fraction of the whole model's cost that may remain, in (0, 1].
-        cost: ``params`` or ``macs``.
-        metric: The error whose squares are summed over layers and kept small.
+        cost: What the budget counts.
+        metric: The error whose penalties, summed over layers, are kept small.
         planner: The planner's name, for the record.
         calibration: How BatchNorm is fitted to the compressed layers; ``data`` needs some.
+
+    Raises:
+        UsageError: If the budget is no such fraction, or the calibration unknown.
     """
 
     budget: float
-    cost: Cost = "params"
-    metric: str = "relative-weights"
+    cost: Cost = PARAMS
+    metric: Metric = RELATIVE
     planner: str = "greedy"
     calibration: Calibration = "noise"
 
@@ -55,8 +82,6 @@ class Goal:
                 f"the budget {self.budget!r} is not a fraction above 0 and at most 1",
                 "it is the fraction of the model that remains: 0.5 keeps at most half",
             )
-        if self.cost not in ("params", "macs"):
-            raise UsageError(f"unknown cost {self.cost!r}", "it is params or macs")
         if self.calibration not in CALIBRATIONS:
             raise UsageError(
                 f"unknown calibration {self.calibration!r}",
@@ -65,7 +90,7 @@ class Goal:
 
 
 @dataclass(frozen=True)
-class Compression:
+class Compressed:
     """A compressed model and how it came about.
 
     Attributes:
@@ -77,6 +102,7 @@ class Compression:
             was scored, since the rank that is taken is refined.
         put_back: Why a layer that was to be replaced is dense after all, by name.
         verified: Whether a forward pass has compared it with its dense reconstruction.
+        costs: Of the whole model before and after, by the name of a cost; None where unknown.
         uncalibrated: Why BatchNorm is not fitted to the compressed layers although the plan asks
             for it.
     """
@@ -88,6 +114,7 @@ class Compression:
     errors: Mapping[str, float]
     put_back: Mapping[str, str]
     verified: bool
+    costs: Mapping[str, Change | None] = field(default_factory=dict)
     uncalibrated: str | None = None
 
     @property
@@ -98,7 +125,7 @@ class Compression:
         return self.plan.calibration
 
 
-def larger_than_dense(result: Compression) -> list[str]:
+def larger_than_dense(result: Compressed) -> list[str]:
     """The layers that a plan, which a person wrote, makes larger."""
     return [
         layer.name
@@ -109,14 +136,20 @@ def larger_than_dense(result: Compression) -> list[str]:
 
 
 def make_plan(
-    model: nn.Module,
-    layers: Sequence[Layer],
+    total: int,
     candidates: Sequence[Candidate],
     goal: Goal,
     planner: Planner,
-    seed: int,
+    grid: Grid,
 ) -> Plan:
     """Choose among scored candidates.
+
+    Args:
+        total: The whole model's cost, from :func:`tdkit.costs.base.total_cost`.
+        candidates: The scored grid.
+        goal: The budget and how to count it.
+        planner: Chooses.
+        grid: What was scored: seed, settings and versions go into the plan.
 
     Raises:
         UsageError: If the budget is out of reach.
@@ -124,72 +157,78 @@ def make_plan(
     chosen = choose(
         candidates,
         planner,
-        total=total_cost(model, layers, goal.cost),
+        total=total,
         budget=goal.budget,
         cost=goal.cost,
         metric=goal.metric,
     )
+    used = sorted({c.method for c in chosen})
     return Plan(
         moves=tuple(Move(c.layer, c.method, c.rank) for c in chosen),
-        seed=seed,
+        seed=grid.seed,
         budget=goal.budget,
-        cost=goal.cost,
-        metric=goal.metric,
+        cost=goal.cost.name,
+        metric=goal.metric.name,
         planner=goal.planner,
         calibration=goal.calibration,
+        settings={name: settings_of(grid.methods[name]) for name in used},
+        versions=grid.versions,
         candidates=tuple(chosen),
     )
 
 
 def compress_model(
-    model: nn.Module,
+    traced: TracedModel,
     grid: Grid,
     goal: Goal,
     planner: Planner,
     *,
-    inputs: Sequence[Any] | None = None,
-    batches: Sequence[Tensor | Sequence[Any]] = (),
-    calibration: Sequence[Tensor | Sequence[Any]] = (),
-    patterns: Sequence[str] = (),
-    keep_ends: bool = True,
+    batches: Sequence[Any] = (),
+    calibration: Sequence[Any] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Compression:
+) -> Compressed:
     """Score, plan, replace, verify and calibrate; what cannot be replaced is planned around.
 
     Args:
-        model: A trained model; it stays as it is.
+        traced: The model, which is changed in place. If it was not run, MACs stay unknown and
+            nothing can be verified.
         grid: What to score.
         goal: The budget and how to count it.
         planner: Chooses among the candidates.
-        inputs: Arguments of a forward pass over at least one sample. Without them MACs stay
-            unknown and nothing can be verified.
-        batches: Model inputs for feature metrics.
+        batches: Model inputs, tensors of any shape, for feature metrics and moments.
         calibration: Model inputs to match BatchNorm's statistics on, where that is the goal's
             calibration; never those that are reported on.
-        patterns: Shell patterns of the layers to consider; all by default.
-        keep_ends: Keep the first and last layer dense.
         progress: Called with units done and all units while scoring.
 
     Raises:
         UsageError: If the budget is out of reach or something is missing for it.
-        UnsupportedError: If the model cannot be copied, run or compressed.
+        UnsupportedError: If the model cannot be run or compressed.
     """
-    dense = own_copy(model)
-    layers = find_layers(dense, inputs=one_sample(inputs), patterns=patterns, keep_ends=keep_ends)
     if goal.budget < 1:
-        refuse_closed(layers)
-    candidates = score(dense, layers, grid, batches=batches, progress=progress)
+        refuse_closed(traced.layers)
+    if goal.cost.name not in {cost.name for cost in grid.costs}:
+        grid = replace(grid, costs=(*grid.costs, goal.cost))
+    total = total_cost(traced.model, traced.layers, goal.cost)
+    candidates = score(traced, grid, batches=batches, progress=progress)
     put_back: dict[str, str] = {}
+    found: dict[tuple[str, Move], _Factorized] = {}
     while True:
         usable = [c for c in candidates if c.layer not in put_back]
         try:
-            plan = make_plan(dense, layers, usable, goal, planner, grid.seed)
+            plan = make_plan(total, usable, goal, planner, grid)
         except UsageError as error:
             if not put_back:
                 raise
             raise UsageError(f"{error}; {_remarks(put_back)}", error.hint) from error
         result = apply_plan(
-            dense, plan, grid.methods, layers=layers, inputs=inputs, calibration=calibration
+            traced,
+            plan,
+            grid.methods,
+            calibration=calibration,
+            batches=batches,
+            costs=grid.costs,
+            all_or_nothing=True,
+            found=found,
         )
         if not result.put_back:
             return replace(result, put_back=put_back)
@@ -197,89 +236,145 @@ def compress_model(
 
 
 def apply_plan(
-    model: nn.Module,
+    traced: TracedModel,
     plan: Plan,
     methods: Mapping[str, Decomposition],
     *,
-    layers: Sequence[Layer] | None = None,
-    inputs: Sequence[Any] | None = None,
-    calibration: Sequence[Tensor | Sequence[Any]] = (),
-) -> Compression:
-    """Replace what a plan says, on a copy, verify it, and calibrate BatchNorm as the plan says.
+    calibration: Sequence[Any] = (),
+    batches: Sequence[Any] = (),
+    costs: Sequence[Cost] = (PARAMS, MACS),
+    all_or_nothing: bool = False,
+    found: dict[tuple[str, Move], _Factorized] | None = None,
+) -> Compressed:
+    """Replace what a plan says, verify it block by block, and calibrate as the plan says.
 
     Args:
-        model: The dense model; it stays as it is.
+        traced: The dense model, which is changed in place; as it was where this raises.
         plan: The moves.
         methods: Decompositions by name.
-        layers: The model's layers where they are known already.
-        inputs: Arguments of a forward pass over at least one sample; None skips verifying, and
-            calibrating on noise.
-        calibration: Model inputs, for a plan that is calibrated on data.
+        calibration: Model inputs, tensors of any shape, for a plan that is calibrated on data.
+        batches: Model inputs, for methods that look at moments.
+        costs: What to count before and after.
+        all_or_nothing: Leave the model as it is when a layer of the plan breaks it.
+        found: Factorizations that were made already, by layer and move; more are added.
 
     Raises:
         UsageError: If the plan names an unknown layer or method, or a rank that does not fit, or
             needs data to calibrate on.
         UnsupportedError: If a layer of the plan cannot be decomposed.
     """
-    dense = own_copy(model) if layers is None else model
-    if layers is None:
-        layers = find_layers(dense, inputs=one_sample(inputs), keep_ends=False)
-    moves = _resolve(plan, layers)
-    factorized = {
-        layer: _factorized(dense, layer, move, methods, plan.seed) for layer, move in moves.items()
-    }
-    modules = {layer: found.module for layer, found in factorized.items()}
-    broken = verify(dense, modules, two_samples(inputs)) if inputs is not None else {}
-    kept = {layer: m for layer, m in modules.items() if layer.name not in broken}
-    compressed = copy.deepcopy(dense)
-    for layer, module in kept.items():
-        replace_layer(compressed, layer, module)
-    uncalibrated = _calibrate(dense, compressed, plan.calibration, inputs, calibration)
-    return Compression(
-        model=compressed,
+    moves = _resolve(plan, traced.layers)
+    for layer, move in moves.items():
+        _check_move(layer, move, methods)
+    before = {cost.name: _total(traced, cost) for cost in costs}
+    statistics = _Statistics.of(traced, plan.calibration, calibration)
+    used = {move.method: methods[move.method] for move in moves.values()}
+    given = [traced.read(batch) for batch in batches] if moments_wanted(used, ()) else []
+    moments = layer_moments(traced, given) if given else {}
+    factorized: dict[Layer, _Factorized] = {}
+    broken: dict[str, str] = {}
+    known = {} if found is None else found
+    with Surgery(traced) as surgery:
+        for block in _blocks(traced, moves):
+            for layer in block:
+                key = (layer.name, moves[layer])
+                if key not in known:
+                    evidence = Evidence(plan.seed, moments.get(layer.name))
+                    known[key] = _factorized(traced, layer, moves[layer], methods, evidence)
+                factorized[layer] = known[key]
+            if traced.inputs is not None:
+                modules = {layer: factorized[layer].module for layer in block}
+                broken |= verify(traced.model, modules, traced.inputs)
+            for layer in block:
+                if layer.name not in broken:
+                    surgery.replace(layer, factorized[layer].module)
+        if broken and all_or_nothing:
+            surgery.undo()
+        uncalibrated = statistics.shift(traced.model) if not (broken and all_or_nothing) else None
+    kept = {layer: f for layer, f in factorized.items() if layer.name not in broken}
+    structure = {layer.name: tuple(map(spec_of, f.module)) for layer, f in kept.items()}
+    return Compressed(
+        model=traced.model,
         plan=_without(replace(plan, moves=tuple(moves.values())), broken),
-        layers=tuple(layers),
-        structure={layer.name: tuple(map(spec_of, module)) for layer, module in kept.items()},
-        errors={layer.name: factorized[layer].error for layer in kept},
+        layers=traced.layers,
+        structure=structure,
+        errors={layer.name: f.error for layer, f in kept.items()},
         put_back=broken,
-        verified=inputs is not None,
+        verified=traced.inputs is not None,
+        costs={cost.name: _after(before[cost.name], cost, kept, structure) for cost in costs},
         uncalibrated=uncalibrated,
     )
 
 
-def _calibrate(
-    dense: nn.Module,
-    compressed: nn.Module,
-    how: Calibration,
-    inputs: Sequence[Any] | None,
-    data: Sequence[Tensor | Sequence[Any]],
-) -> str | None:
-    """Fit BatchNorm in place; returns why it was left as it is where that is not what was asked."""
-    if how == "none" or not has_statistics(compressed):
-        return None
-    if how == "data":
-        match_statistics(dense, compressed, data)
-        return None
-    if inputs is None:
-        return "the shape of the model's input is unknown"
-    if len(inputs) != 1 or not is_image(inputs[0]):
-        return "the model's input is no image that noise could stand for"
-    try:
-        match_statistics(dense, compressed, noise_batches(inputs[0]))
-    except (UnsupportedError, MemoryError, torch.OutOfMemoryError) as error:
-        # A model may take no other batch than the one it was shown.
-        return f"on noise, {first_line(error)}"
-    return None
+@dataclass(frozen=True)
+class _Statistics:
+    """What BatchNorm layers were given in the dense model, or why that is not known."""
+
+    batches: tuple[Inputs, ...] = ()
+    before: Statistics | None = None
+    unknown: str | None = None
+
+    @classmethod
+    def of(cls, traced: TracedModel, how: Calibration, data: Sequence[Any]) -> _Statistics:
+        if how == "none" or not has_statistics(traced.model):
+            return cls()
+        if how == "data":
+            batches = tuple(traced.read(batch) for batch in data)
+            return cls(batches, norm_statistics(traced.model, batches))
+        if traced.inputs is None:
+            return cls(unknown="the shape of the model's input is unknown")
+        image = traced.inputs.image
+        if image is None:
+            return cls(unknown="the model's input is no image that noise could stand for")
+        noise = tuple(Inputs((batch,)) for batch in noise_batches(image))
+        try:
+            return cls(noise, norm_statistics(traced.model, noise))
+        except (UnsupportedError, MemoryError, torch.OutOfMemoryError) as error:
+            # A model may take no other batch than the one it was shown.
+            return cls(unknown=f"on noise, {first_line(error)}")
+
+    def shift(self, compressed: nn.Module) -> str | None:
+        """Fit BatchNorm in place; why it stays as it is where that is not what was asked."""
+        if self.before is not None:
+            shift_statistics(compressed, self.before, self.batches)
+        return self.unknown
 
 
-def compressed_macs(compression: Compression) -> int | None:
-    """Multiply-accumulates per sample after compression; None when unknown."""
-    counts = [
-        macs(compression.structure.get(layer.name, (layer.spec,)), layer.calls)
-        for layer in compression.layers
-        if layer.calls is not None and layer.spec is not None
-    ]
-    return sum(counts) if counts else None
+def _blocks(traced: TracedModel, moves: Mapping[Layer, Move]) -> Iterator[list[Layer]]:
+    """Runs of layers whose dense weights may be in memory once more, as float64."""
+    tensors = (*traced.model.parameters(), *traced.model.buffers())
+    most = max(_BLOCK_BYTES, sum(t.numel() * t.element_size() for t in tensors) // _BLOCK_SHARE)
+    block: list[Layer] = []
+    held = 0
+    for layer in moves:
+        size = 8 * layer.parameters
+        if block and held + size > most:
+            yield block
+            block, held = [], 0
+        block.append(layer)
+        held += size
+    if block:
+        yield block
+
+
+def _total(traced: TracedModel, cost: Cost) -> int | None:
+    known = all(is_known(cost, layer) or layer.spec is None for layer in traced.layers)
+    return total_cost(traced.model, traced.layers, cost) if known else None
+
+
+def _after(
+    before: int | None,
+    cost: Cost,
+    replaced: Mapping[Layer, _Factorized],
+    structure: Mapping[str, tuple[LayerSpec, ...]],
+) -> Change | None:
+    if before is None:
+        return None
+    saved = 0
+    for layer in replaced:
+        assert layer.spec is not None
+        saved += cost.of([layer.spec], layer) - cost.of(structure[layer.name], layer)
+    return Change(before, before - saved)
 
 
 def refuse_closed(layers: Sequence[Layer]) -> None:
@@ -294,7 +389,8 @@ def refuse_closed(layers: Sequence[Layer]) -> None:
     if None not in reasons:
         raise UnsupportedError(
             f"no layer of the model can be compressed: {'; '.join(filter(None, reasons))}",
-            "tdkit inspect shows every layer; --include-ends lets the first and the last one in",
+            f"{command('inspect')} shows every layer; {option('include_ends', True)} lets the first"
+            " and the last one in",
         )
 
 
@@ -328,30 +424,37 @@ class _Factorized:
     error: float
 
 
-def _factorized(
-    model: nn.Module, layer: Layer, move: Move, methods: Mapping[str, Decomposition], seed: int
-) -> _Factorized:
+def _check_move(layer: Layer, move: Move, methods: Mapping[str, Decomposition]) -> None:
     if move.method not in methods:
         raise unknown_name(move.method, list(methods), "method")
-    method, module = methods[move.method], model.get_submodule(layer.name)
     assert layer.spec is not None
-    reason = method.supports(layer.spec.per_group())
+    reason = methods[move.method].supports(layer.spec.per_group())
     if reason is not None:
         raise UnsupportedError(
             f"{move.method} cannot decompose the layer {layer.name!r}: {reason}",
             "take the move out of the plan, or name another method",
         )
     try:
-        check_rank(method, layer.spec.per_group(), move.rank)
+        check_rank(methods[move.method], layer.spec.per_group(), move.rank)
     except UsageError as error:
         raise UsageError(f"layer {layer.name!r}, {move.method}: {error}", error.hint) from error
+
+
+def _factorized(
+    traced: TracedModel,
+    layer: Layer,
+    move: Move,
+    methods: Mapping[str, Decomposition],
+    evidence: Evidence,
+) -> _Factorized:
+    assert layer.spec is not None
     with blamed(move.method, layer):
-        prepared = prepare(layer, module, move.method, method, seed)
+        prepared = prepare(layer, traced.weights, move.method, methods[move.method], evidence)
         assert prepared is not None
         refined = prepared.refined(move.rank)
         distance = refined.error(move.rank)
         return _Factorized(
-            factorize(layer, module, refined, move.rank),
+            factorize(layer, traced.weights, refined, move.rank),
             relative(distance, refined.norm, layer.spec.weight_parameters),
         )
 

@@ -6,16 +6,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from tdkit.calibration.batchnorm import CALIBRATIONS, Calibration
-from tdkit.costs.base import Cost
-from tdkit.errors import UnreadableFileError, UsageError
+from tdkit.decompositions.settings import Setting
+from tdkit.errors import UnreadableFileError, UsageError, command
 from tdkit.planners.candidate import Candidate, to_json
+from tdkit.tables import Table, number, percent, sizes
 
 FORMAT = 1
 
-_MADE_BY = "make one with: tdkit compress MODEL --dry-run"
+Settings = Mapping[str, Mapping[str, Setting]]
+"""By the name of a method its settings."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +47,50 @@ class Plan:
         metric: The error that guided the choice.
         planner: The planner that chose.
         calibration: How BatchNorm is fitted to the compressed layers; ``data`` needs some.
+        settings: Of the methods of the moves, defaults included, where known.
+        versions: Of tdkit and of the plugins that they come from, where known.
         candidates: The scored candidates behind the moves, in the same order, where known.
     """
 
     moves: tuple[Move, ...]
     seed: int = 0
     budget: float | None = None
-    cost: Cost = "params"
+    cost: str = "params"
     metric: str | None = None
     planner: str | None = None
     calibration: Calibration = "noise"
+    settings: Settings = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
     candidates: tuple[Candidate, ...] = field(default=(), compare=False)
+
+    def __str__(self) -> str:
+        """What it aims at, and a line for each move."""
+        return f"{self._head()}\n\n{self.table()}" if self.moves else self._head()
+
+    def _repr_html_(self) -> str:
+        head = f"<p>{self._head()}</p>"
+        return head + (self.table()._repr_html_() if self.moves else "")
+
+    def _head(self) -> str:
+        if self.budget is None:
+            return f"a plan of {len(self.moves)} moves, written by hand"
+        return f"a plan of {len(self.moves)} moves for {self.budget:.0%} of the {self.cost}"
+
+    def table(self) -> Table:
+        """The moves, with what is known of their parameters and errors."""
+        if not self.candidates:
+            rows = tuple((m.layer, m.method, sizes(m.rank)) for m in self.moves)
+            return Table(("layer", "method", "rank"), rows)
+        numbers = ("parameters", "after", "kept", "error")
+        columns = ("layer", "method", "rank", *numbers)
+        return Table(columns, tuple(map(self._row, self.candidates)), frozenset(numbers))
+
+    def _row(self, c: Candidate) -> tuple[str, ...]:
+        found = c.costs.get("params")
+        before, after = (found.before, found.after) if found else (None, None)
+        error = "–" if self.metric is None else f"{c.errors[self.metric]:.4f}"
+        counts = (number(before), number(after), percent(after, before))
+        return (c.layer, c.method, sizes(c.rank), *counts, error)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON values."""
@@ -71,6 +106,8 @@ class Plan:
             "planner": self.planner,
             "seed": self.seed,
             "calibration": self.calibration,
+            "settings": {name: dict(values) for name, values in self.settings.items()},
+            "versions": dict(self.versions),
             "moves": detailed or plain,
         }
 
@@ -83,16 +120,16 @@ class Plan:
         """
         if not isinstance(value, Mapping) or value.get("tdkit_plan") != FORMAT:
             raise UsageError(
-                f'{source} is not a tdkit plan: it has no "tdkit_plan": {FORMAT}', _MADE_BY
+                f'{source} is not a tdkit plan: it has no "tdkit_plan": {FORMAT}', _made_by()
             )
         entries = value.get("moves")
         if not isinstance(entries, Sequence) or isinstance(entries, str):
-            raise UsageError(f'{source} has no list of "moves"', _MADE_BY)
+            raise UsageError(f'{source} has no list of "moves"', _made_by())
         seed, cost, budget = value.get("seed", 0), value.get("cost", "params"), value.get("budget")
         if type(seed) is not int:
             raise UsageError(f'{source}: "seed" is not a whole number: {seed!r}')
-        if cost not in get_args(Cost):
-            raise UsageError(f'{source}: "cost" is neither params nor macs: {cost!r}')
+        if not isinstance(cost, str):
+            raise UsageError(f'{source}: "cost" is not the name of a cost: {cost!r}')
         calibration = value.get("calibration", "noise")
         if calibration not in CALIBRATIONS:
             known = ", ".join(CALIBRATIONS)
@@ -111,7 +148,31 @@ class Plan:
             metric=value.get("metric"),
             planner=value.get("planner"),
             calibration=calibration,
+            settings=_settings(value.get("settings", {}), source),
+            versions=_versions(value.get("versions", {}), source),
         )
+
+
+def _settings(value: Any, source: str) -> Settings:
+    plain = isinstance(value, Mapping) and all(
+        isinstance(settings, Mapping)
+        and all(isinstance(setting, bool | int | float | str) for setting in settings.values())
+        for settings in value.values()
+    )
+    if not plain:
+        raise UsageError(
+            f'{source}: "settings" are not settings of methods',
+            'write them as {"cp": {"sweeps": 20}}, or leave them out',
+        )
+    return {str(name): dict(settings) for name, settings in value.items()}
+
+
+def _versions(value: Any, source: str) -> dict[str, str]:
+    if not isinstance(value, Mapping) or not all(isinstance(v, str) for v in value.values()):
+        raise UsageError(
+            f'{source}: "versions" are not versions by name', "they are for the record: leave them"
+        )
+    return {str(name): version for name, version in value.items()}
 
 
 def read_plan(path: Path) -> Plan:
@@ -124,11 +185,11 @@ def read_plan(path: Path) -> Plan:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UnreadableFileError(f"{path}: {error.strerror}", _MADE_BY) from error
+        raise UnreadableFileError(f"{path}: {error.strerror}", _made_by()) from error
     except (ValueError, RecursionError) as error:
         raise UnreadableFileError(
             f"{path} is not a JSON file: {error}",
-            f"the plan comes first, then the model; {_MADE_BY}",
+            f"the plan comes first, then the model; {_made_by()}",
         ) from error
     return Plan.from_json(value, str(path))
 
@@ -153,3 +214,7 @@ def _move(entry: Any, source: str) -> Move:
 
 def _listed(rank: int | tuple[int, ...]) -> int | list[int]:
     return list(rank) if isinstance(rank, tuple) else rank
+
+
+def _made_by() -> str:
+    return f"make one with: {command('plan')}"

@@ -5,20 +5,21 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from typing import IO, Any, cast
 
 import torch
 from torch import nn
 
-from tdkit.compression.compress import Compression, compressed_macs
-from tdkit.costs.base import total_cost
+from tdkit.costs.base import Change, to_json
 from tdkit.costs.latency import Latency, measure_latency
 from tdkit.datasets.base import Split
 from tdkit.errors import first_line
-from tdkit.layers.counting import model_parameters
+from tdkit.forward.inputs import Inputs
+from tdkit.tables import Table, number, percent
 from tdkit.training.loop import evaluate
+
+_TITLES = {"params": "parameters", "macs": "MACs per input"}
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,7 @@ class Report:
     """Totals before and after; None where something could not be measured.
 
     Attributes:
-        params: Parameters of the whole model.
-        macs: Multiply-accumulates of its convolutional and linear layers, per sample.
+        costs: Of the whole model, by the name of a cost.
         bytes: Size of the state_dict as a file, which compares models whatever the format.
         latency: Medians of forward passes.
         untimed: Why there is no latency although there are inputs.
@@ -37,92 +37,103 @@ class Report:
         finetuning: How it was fine-tuned, as JSON values; None where it was not.
     """
 
-    params: tuple[int, int]
-    macs: tuple[int, int] | None
+    costs: Mapping[str, Change | None]
     bytes: tuple[int, int]
-    latency: Latency | None
-    accuracy: tuple[float, float] | None
-    images: int | None
+    latency: Latency | None = None
+    accuracy: tuple[float, float] | None = None
+    images: int | None = None
     compressed: float | None = None
-    finetuning: Mapping[str, Any] | None = None
+    finetuning: Mapping[str, Any] | None = field(default=None)
     untimed: str | None = None
+
+    def __str__(self) -> str:
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+    def table(self) -> Table:
+        """A row for each total: before, after, and the ratio."""
+        columns = ("", "before", "after", "ratio")
+        return Table(columns, tuple(self._rows()), frozenset(columns[1:]))
+
+    def _rows(self) -> list[tuple[str, str, str, str]]:
+        rows = [
+            (_TITLES.get(name, name), *_counts(found.before, found.after))
+            for name, found in self.costs.items()
+            if found is not None
+        ]
+        before, after = self.bytes
+        sizes = f"{before / 1e6:.2f} MB", f"{after / 1e6:.2f} MB"
+        rows.append(("file size of the state_dict", *sizes, percent(after, before)))
+        if self.latency is not None:
+            rows.append(_latency_row(self.latency))
+        if self.accuracy is not None:
+            rows += self._accuracy_rows(*self.accuracy)
+        return rows
+
+    def _accuracy_rows(self, dense: float, small: float) -> list[tuple[str, str, str, str]]:
+        images, rows = f"{number(self.images)} images", []
+        if self.compressed is not None:
+            rows.append(_accuracy(f"accuracy, not fine-tuned ({images})", dense, self.compressed))
+        name = "accuracy" if self.finetuning is None else "accuracy, fine-tuned"
+        return [*rows, _accuracy(f"{name} ({images})", dense, small)]
+
+    def to_json(self) -> dict[str, Any]:
+        """The totals as JSON values, ``{name}_before`` and ``{name}_after`` each."""
+        latency = self.latency
+        return {
+            **to_json(self.costs),
+            **_pair("bytes", self.bytes),
+            **_pair("accuracy", self.accuracy),
+            "accuracy_compressed": self.compressed,
+            "accuracy_images": self.images,
+            "finetuning": self.finetuning,
+            "latency_before_ms": None if latency is None else latency.milliseconds[0],
+            "latency_after_ms": None if latency is None else latency.milliseconds[1],
+            "latency": None if latency is None else _conditions(latency),
+            "untimed": self.untimed,
+        }
 
 
 def measure(
-    dense: nn.Module,
-    compression: Compression,
+    dense: nn.Module | None,
+    small: nn.Module,
+    costs: Mapping[str, Change | None],
+    bytes_before: int,
     *,
-    inputs: Sequence[Any] | None,
+    inputs: Inputs | None,
     test: Split | None = None,
 ) -> Report:
     """Measure the dense and the compressed model side by side, on the dense one's device.
 
     Args:
-        dense: The original.
-        compression: Its compression.
-        inputs: Arguments of a forward pass, for MACs and latency.
-        test: Labelled images, for accuracy.
+        dense: The original; None where it is no longer there, and nothing is timed or evaluated.
+        small: The compressed model; it is moved to the dense one's device.
+        costs: Before and after.
+        bytes_before: Of the dense model, from :func:`state_bytes`.
+        inputs: Arguments of a forward pass, for latency; tensors of any shape.
+        test: Labelled images (n, channels, height, width), for accuracy.
     """
+    both = (bytes_before, state_bytes(small))
+    if dense is None:
+        reason = None if inputs is None else "not timed: the dense model is no longer there"
+        return Report(costs, both, untimed=reason)
     device = next(dense.parameters()).device
-    small = compression.model.to(device)
-    after = compressed_macs(compression)
+    small = small.to(device)
     latency, untimed = (None, None) if inputs is None else _latency((dense, small), inputs)
     accuracy = None
     if test is not None and test.labels is not None:
-        both = [evaluate(model, test, device=device).accuracy for model in (dense, small)]
-        accuracy = (both[0], both[1])
+        found = [evaluate(model, test, device=device).accuracy for model in (dense, small)]
+        accuracy = (found[0], found[1])
     return Report(
-        params=(model_parameters(dense), model_parameters(small)),
-        macs=None if after is None else (total_cost(dense, compression.layers, "macs"), after),
-        bytes=(_state_bytes(dense), _state_bytes(small)),
+        costs=costs,
+        bytes=both,
         latency=latency,
         untimed=untimed,
         accuracy=accuracy,
         images=None if accuracy is None or test is None else len(test),
     )
-
-
-def summary(
-    report: Report,
-    compression: Compression,
-    *,
-    seconds: float,
-    output: Path,
-    plan: Path,
-) -> dict[str, Any]:
-    """The one JSON object that ``tdkit compress --json`` prints."""
-    latency = report.latency
-    moves = [
-        {**move, "relative_error": compression.errors[move["layer"]]}
-        for move in compression.plan.to_json()["moves"]
-    ]
-    return {
-        "budget": compression.plan.budget,
-        "cost": compression.plan.cost,
-        "metric": compression.plan.metric,
-        "planner": compression.plan.planner,
-        "seed": compression.plan.seed,
-        **_pair("params", report.params),
-        **_pair("macs", report.macs),
-        **_pair("bytes", report.bytes),
-        **_pair("accuracy", report.accuracy),
-        "accuracy_compressed": report.compressed,
-        "accuracy_images": report.images,
-        "finetuning": report.finetuning,
-        "latency_before_ms": None if latency is None else latency.milliseconds[0],
-        "latency_after_ms": None if latency is None else latency.milliseconds[1],
-        "latency": None if latency is None else _conditions(latency),
-        "untimed": report.untimed,
-        "verified": compression.verified,
-        "calibration": compression.calibrated,
-        "uncalibrated": compression.uncalibrated,
-        "put_back": dict(compression.put_back),
-        "seconds": round(seconds, 3),
-        "output": str(output),
-        "output_bytes": output.stat().st_size,
-        "plan": str(plan),
-        "moves": moves,
-    }
 
 
 def near_chance(report: Report, classes: int) -> str | None:
@@ -146,14 +157,50 @@ def near_chance(report: Report, classes: int) -> str | None:
     )
 
 
-def _latency(
-    models: Sequence[nn.Module], inputs: Sequence[Any]
-) -> tuple[Latency | None, str | None]:
+def state_bytes(model: nn.Module) -> int:
+    """The size of a model's state_dict as torch writes it, without writing it."""
+    counter = _Counter()
+    torch.save(model.state_dict(), cast("IO[bytes]", counter))
+    return counter.size
+
+
+class _Counter(io.RawIOBase):
+    """A file that keeps nothing of what is written to it but its size."""
+
+    size = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        count = memoryview(data).nbytes
+        self.size += count
+        return count
+
+
+def _latency(models: Sequence[nn.Module], inputs: Inputs) -> tuple[Latency | None, str | None]:
     """The latency, or why there is none."""
     try:
         return measure_latency(models, inputs), None
     except Exception as error:  # a model may fail in any way, and be right on other inputs
-        return None, f"not timed on a batch of {len(inputs[0])}: {first_line(error)}"
+        return None, f"not timed on a batch of {inputs.batch}: {first_line(error)}"
+
+
+def _latency_row(latency: Latency) -> tuple[str, str, str, str]:
+    dense, small = latency.milliseconds
+    threads = f"{latency.threads} thread" + ("s" if latency.threads > 1 else "")
+    where = f"batch {latency.batch}, {threads}, {latency.device}"
+    times = f"{dense:.1f} ms", f"{small:.1f} ms"
+    return f"latency ({where})", *times, f"{dense / small:.2f}× as fast"
+
+
+def _counts(before: int, after: int) -> tuple[str, str, str]:
+    return number(before), number(after), percent(after, before)
+
+
+def _accuracy(name: str, before: float, after: float) -> tuple[str, str, str, str]:
+    old, new = 100 * before, 100 * after
+    return name, f"{old:.2f} %", f"{new:.2f} %", f"{new - old:+.2f} points"
 
 
 def _pair(name: str, values: tuple[float, float] | None) -> Mapping[str, float | None]:
@@ -163,9 +210,3 @@ def _pair(name: str, values: tuple[float, float] | None) -> Mapping[str, float |
 
 def _conditions(latency: Latency) -> dict[str, Any]:
     return {k: getattr(latency, k) for k in ("batch", "runs", "threads", "device")}
-
-
-def _state_bytes(model: nn.Module) -> int:
-    buffer = io.BytesIO()
-    torch.save(model.state_dict(), buffer)
-    return buffer.getbuffer().nbytes

@@ -9,8 +9,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from tdkit.calibration.moments import input_moments
+from tdkit.costs.base import Cost, change
+from tdkit.costs.macs import MACS
+from tdkit.costs.params import PARAMS
 from tdkit.decompositions.base import (
     RANK_RULES,
     Decomposition,
@@ -18,11 +22,15 @@ from tdkit.decompositions.base import (
     Rank,
     count,
     factorized_module,
+    prepared,
 )
-from tdkit.errors import TdkitError, UnsupportedError, UsageError, first_line
-from tdkit.layers.counting import macs
+from tdkit.errors import TdkitError, UnsupportedError, UsageError, first_line, option
+from tdkit.forward.inputs import Inputs
+from tdkit.layers.evidence import MOMENTS, Evidence, Moments
 from tdkit.layers.inventory import Layer
-from tdkit.metrics.base import Metric
+from tdkit.layers.traced import TracedModel
+from tdkit.layers.weights import Weights
+from tdkit.metrics.base import Difference, Metric
 from tdkit.metrics.features import feature_errors
 from tdkit.planners.candidate import Candidate
 
@@ -50,6 +58,8 @@ class Grid:
         rule: ``best`` or ``proportional``, see :meth:`Prepared.rank`.
         seed: Seeds every random start, together with the layer's name.
         limits: The largest keep of some methods, by name.
+        costs: What to count of every candidate.
+        versions: Of tdkit and of the plugins that the methods come from, by distribution.
 
     Raises:
         UsageError: If a keep is not a fraction, the rule unknown, or the seed no whole number.
@@ -61,6 +71,8 @@ class Grid:
     rule: str = "best"
     seed: int = 0
     limits: Mapping[str, float] = field(default_factory=dict)
+    costs: Sequence[Cost] = (PARAMS, MACS)
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for keep in self.keeps:
@@ -78,38 +90,57 @@ class Grid:
 
 
 def score(
-    model: nn.Module,
-    layers: Sequence[Layer],
+    traced: TracedModel,
     grid: Grid,
     *,
-    batches: Iterable[Tensor | Sequence[Any]] = (),
+    batches: Iterable[Any] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Candidate]:
     """Score every candidate that is smaller than its layer.
 
     Args:
-        model: The dense model.
-        layers: Its layers; those with a reason are passed over.
+        traced: The dense model; of its layers those with a reason are passed over. Only feature
+            metrics and moments need it to be live.
         grid: Methods, metrics and keeps.
-        batches: Model inputs, needed by feature metrics only. Layers that they never reach have
-            no candidates then.
+        batches: Model inputs, tensors of any shape, needed by feature metrics and by what looks at
+            moments. Layers that they never reach have no candidates then.
         progress: Called with the units done and all units, a unit being a layer's parameters
             under one method.
 
     Raises:
-        UsageError: If a feature metric is asked for without data.
+        UsageError: If data are needed and there are none, or a metric breaks its law.
         UnsupportedError: If a method fails on a layer, or the model on the data.
     """
-    batches = list(batches) if grid.features else []
-    if grid.features and not batches:
-        names = ", ".join(metric.name for metric in grid.features)
-        need = "needs" if len(grid.features) == 1 else "need"
-        raise UsageError(f"{names} {need} data to measure features on", "name some with --data")
-    scored = _scored(model, [layer for layer in layers if layer.reason is None], grid, progress)
+    needing = [*grid.features, *(m for m in grid.metrics if MOMENTS in m.needs)]
+    wanted = moments_wanted(grid.methods, grid.metrics)
+    given = [traced.read(batch) for batch in batches] if needing or wanted else []
+    if needing and not given:
+        names = ", ".join(dict.fromkeys(metric.name for metric in needing))
+        need = "needs" if len(needing) == 1 else "need"
+        raise UsageError(f"{names} {need} data to look at", f"name some with {option('data')}")
+    usable = [layer for layer in traced.layers if layer.reason is None]
+    moments = layer_moments(traced, given) if wanted and given else {}
+    scored = _scored(traced.weights, usable, grid, moments, progress)
     if not grid.features:
         return [candidate for candidate, _ in scored]
     groups = _grouped(scored, _TOGETHER)
-    return [c for group in groups for c in _with_features(model, group, batches, grid.features)]
+    return [c for group in groups for c in _with_features(traced.model, group, given, grid)]
+
+
+def moments_wanted(methods: Mapping[str, Decomposition], metrics: Iterable[Metric]) -> bool:
+    """Whether any method or metric asks for the moments of the layers' inputs."""
+    needs = [*(method.needs for method in methods.values()), *(metric.needs for metric in metrics)]
+    return any(MOMENTS in each for each in needs)
+
+
+def layer_moments(traced: TracedModel, batches: Sequence[Inputs]) -> dict[str, Moments]:
+    """The moments of the inputs of every layer that can be decomposed, by its name.
+
+    Raises:
+        UnsupportedError: If the model does not run on the batches.
+    """
+    names = [layer.name for layer in traced.layers if layer.reason is None]
+    return input_moments(traced.model, names, batches)
 
 
 # A candidate and, where features are to be measured, the module that stands in for its layer.
@@ -117,28 +148,33 @@ _Scored = tuple[Candidate, nn.Sequential | None]
 
 
 def _scored(
-    model: nn.Module,
+    weights: Weights,
     layers: Sequence[Layer],
     grid: Grid,
+    moments: Mapping[str, Moments],
     progress: Callable[[int, int], None],
 ) -> Iterator[_Scored]:
     """All candidates, scored on the weights."""
     total, done = sum(layer.parameters for layer in layers) * len(grid.methods), 0
     for layer in layers:
         for name in grid.methods:
-            yield from _candidates(layer, model.get_submodule(layer.name), name, grid)
+            yield from _candidates(layer, weights, name, grid, moments.get(layer.name))
             done += layer.parameters
             progress(done, total)
 
 
-def _candidates(layer: Layer, module: nn.Module, method: str, grid: Grid) -> Iterator[_Scored]:
+def _candidates(
+    layer: Layer, weights: Weights, method: str, grid: Grid, moments: Moments | None
+) -> Iterator[_Scored]:
     with blamed(method, layer):
-        prepared = prepare(layer, module, method, grid.methods[method], grid.seed)
+        evidence = Evidence(grid.seed, moments)
+        prepared = prepare(layer, weights, method, grid.methods[method], evidence)
         if prepared is None:
             return
         for rank in _ranks(layer, prepared, grid, grid.limits.get(method, 1.0)):
-            stand_in = factorize(layer, module, prepared, rank) if grid.features else None
-            yield candidate_of(layer, method, prepared, rank, grid.metrics), stand_in
+            stand_in = factorize(layer, weights, prepared, rank) if grid.features else None
+            found = candidate_of(layer, method, prepared, rank, grid.metrics, grid.costs)
+            yield found, stand_in
 
 
 def _ranks(layer: Layer, prepared: Prepared, grid: Grid, limit: float) -> Iterator[Rank]:
@@ -166,7 +202,7 @@ def blamed(method: str, layer: Layer) -> Iterator[None]:
             what = f"{type(error).__name__}: {what}"
         raise UnsupportedError(
             f"{method} fails on the layer {layer.name!r}: {what}",
-            "leave the method out with --methods, or the layer with --layers",
+            f"leave the method out with {option('methods')}, or the layer with {option('layers')}",
         ) from error
 
 
@@ -175,26 +211,24 @@ def _grouped(scored: Iterable[_Scored], most: int) -> Iterator[list[_Scored]]:
     group: list[_Scored] = []
     held = 0
     for candidate, module in scored:
-        if group and held + candidate.params_after > most:
+        size = sum(p.numel() for p in module.parameters()) if module is not None else 0
+        if group and held + size > most:
             yield group
             group, held = [], 0
         group.append((candidate, module))
-        held += candidate.params_after
+        held += size
     if group:
         yield group
 
 
 def _with_features(
-    model: nn.Module,
-    group: Sequence[_Scored],
-    batches: Iterable[Tensor | Sequence[Any]],
-    metrics: Sequence[Metric],
+    model: nn.Module, group: Sequence[_Scored], batches: Sequence[Inputs], grid: Grid
 ) -> Iterator[Candidate]:
     stand_ins: dict[str, list[nn.Module]] = {}
     for candidate, module in group:
         assert module is not None
         stand_ins.setdefault(candidate.layer, []).append(module)
-    measured = feature_errors(model, stand_ins, batches, metrics)
+    measured = feature_errors(model, stand_ins, batches, grid.features)
     rows = {name: iter(errors) for name, errors in measured.items()}
     for candidate, _ in group:
         if candidate.layer in rows:
@@ -203,7 +237,7 @@ def _with_features(
 
 
 def prepare(
-    layer: Layer, module: nn.Module, method_name: str, method: Decomposition, seed: int
+    layer: Layer, weights: Weights, method_name: str, method: Decomposition, evidence: Evidence
 ) -> Prepared | None:
     """Prepare one layer under one method; None where the method does not support the layer.
 
@@ -212,9 +246,10 @@ def prepare(
     """
     if layer.spec is None or method.supports(layer.spec.per_group()) is not None:
         return None
-    start = zlib.crc32(f"{seed}/{layer.name}/{method_name}".encode())
+    start = zlib.crc32(f"{evidence.seed}/{layer.name}/{method_name}".encode())
     # A copy, so that a method that works in place spoils nothing but its own.
-    return method.prepare(layer.spec, module.get_parameter("weight").detach().clone(), start)
+    weight = weights.weight(layer.name).detach().clone()
+    return prepared(method, layer.spec, weight, replace(evidence, seed=start))
 
 
 def unsupported_by_all(layer: Layer, methods: Mapping[str, Decomposition]) -> str | None:
@@ -227,48 +262,60 @@ def unsupported_by_all(layer: Layer, methods: Mapping[str, Decomposition]) -> st
     return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
 
 
-def factorize(layer: Layer, module: nn.Module, prepared: Prepared, rank: Rank) -> nn.Sequential:
-    """The module that stands in for a layer: same dtype, device, mode and requires_grad.
+def factorize(layer: Layer, weights: Weights, prepared: Prepared, rank: Rank) -> nn.Sequential:
+    """The module that stands in for a layer: same dtype, device and requires_grad, in train mode.
 
     Raises:
         UsageError: If the rank does not fit the layer.
         UnsupportedError: If the factors do not fit the layer's dtype.
     """
-    weight = module.get_parameter("weight")
-    bias = module._parameters.get("bias")
+    weight, bias = weights.weight(layer.name), weights.bias(layer.name)
     result = factorized_module(
         prepared.stages(rank), prepared.factors(rank), bias, weight.dtype, weight.device
     )
-    result.train(module.training)
     for name, parameter in result.named_parameters():
-        model_parameter = bias if name.endswith("bias") and bias is not None else weight
-        parameter.requires_grad_(model_parameter.requires_grad)
+        original = bias if name.endswith("bias") and bias is not None else weight
+        # A file does not say whether a weight is to be trained: it is.
+        trained = original.requires_grad or not isinstance(original, nn.Parameter)
+        parameter.requires_grad_(trained)
         if not bool(parameter.isfinite().all()):
             raise UnsupportedError(f"the factors overflow {weight.dtype}")
     return result
 
 
 def candidate_of(
-    layer: Layer, method: str, prepared: Prepared, rank: Rank, metrics: Sequence[Metric]
+    layer: Layer,
+    method: str,
+    prepared: Prepared,
+    rank: Rank,
+    metrics: Sequence[Metric],
+    costs: Sequence[Cost] = (PARAMS, MACS),
 ) -> Candidate:
-    """What a layer costs at a rank, and its errors by those of the metrics that need no data.
+    """What a layer costs at a rank, and its errors by those of the metrics that need no features.
 
     Raises:
-        UsageError: If the rank does not fit the layer.
+        UsageError: If the rank does not fit the layer, or a metric breaks its law.
     """
     assert layer.spec is not None
     stages = prepared.stages(rank)
-    after = count(stages)
     bias = layer.spec.out_channels if layer.spec.bias else 0
-    error, norm, size = prepared.error(rank), prepared.norm, layer.spec.weight_parameters
+    difference = weight_difference(prepared, rank)
     return Candidate(
         layer=layer.name,
         method=method,
         rank=rank,
-        keep=(after - bias) / size,
-        params_before=layer.parameters,
-        params_after=after,
-        macs_before=layer.macs,
-        macs_after=macs(stages, layer.calls) if layer.calls is not None else None,
-        errors={m.name: m.value(error, norm, size) for m in metrics if m.target == "weights"},
+        keep=(count(stages) - bias) / layer.spec.weight_parameters,
+        costs={cost.name: change(cost, stages, layer) for cost in costs},
+        errors={m.name: m.check(m.of(difference)) for m in metrics if m.target == "weights"},
+    )
+
+
+def weight_difference(prepared: Prepared, rank: Rank) -> Difference:
+    """A layer's weight and what its factors amount to, as a metric sees them."""
+    return Difference(
+        error=prepared.error(rank),
+        norm=prepared.norm,
+        size=prepared.layer.weight_parameters,
+        evidence=prepared.evidence,
+        tensors=lambda: (prepared.dense(), prepared.reconstruct(rank)),
     )

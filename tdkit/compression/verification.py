@@ -2,46 +2,55 @@
 
 Layer-wise scores can look fine while the whole model is broken: a layer whose weight is read from
 outside, a replacement that the forward pass never calls. So the compressed model and the original
-carrying the reconstructed dense weights run on the same input, in eval and in train mode.
+carrying the reconstructed dense weights run on the same input, in eval and in train mode. Neither
+is a copy: parameters are shared, and widened one operation at a time.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from tdkit.decompositions.base import compose, join_groups
 from tdkit.errors import UnsupportedError, first_line
-from tdkit.forward.inputs import copies
+from tdkit.forward.copying import shared_copy
+from tdkit.forward.inputs import Inputs
 from tdkit.forward.trial import trial
 from tdkit.layers.inventory import Layer, replace_layer
 from tdkit.layers.spec import LayerSpec, spec_of
 
-# By the precision of the model; in half precision rounding alone adds up to percents.
+# By the precision of the outputs; in half precision rounding alone adds up to percents.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _HALF_TOLERANCE = 0.1
+
+# How closely the outputs in double precision have to be those of the model as it is.
+_SAME_MODEL = 1e-2
 
 _BLIND = "without the shape of its input it is compressed unverified"
 
 
 def verify(
-    dense: nn.Module, factorized: Mapping[Layer, nn.Sequential], inputs: Sequence[Any]
+    model: nn.Module, factorized: Mapping[Layer, nn.Sequential], inputs: Inputs
 ) -> dict[str, str]:
     """Which factorized layers break the model, and how.
 
-    Everything runs in float64 where the model allows it, on copies, so that rounding does not
-    hide or fake a difference.
+    Everything is computed in float64 where the model allows it, so that rounding does not hide or
+    fake a difference. What is held for that are the dense weights of these layers, and the one
+    that an operation works with.
 
     Args:
-        dense: The original model; it is not changed.
+        model: The model with its dense layers; it is not changed.
         factorized: What stands in for which layer.
-        inputs: Arguments of one forward pass, with a batch of at least two for BatchNorm.
+        inputs: Arguments of one forward pass; of one sample two are made where that runs, since
+            BatchNorm in train mode refuses one.
 
     Returns:
         A reason for every layer that has to be put back; empty when the model is right.
@@ -52,7 +61,7 @@ def verify(
     """
     if not factorized:
         return {}
-    comparison = _Comparison(dense, inputs)
+    comparison = _Comparison(model, inputs)
     if comparison.difference(factorized) is None:
         return {}
     kept: dict[Layer, nn.Sequential] = {}
@@ -91,38 +100,40 @@ def _ungrouped(stage: LayerSpec, groups: int) -> LayerSpec:
 
 
 class _Comparison:
-    """A dense model in the widest precision that it runs in, and inputs for it."""
+    """A dense model, in the widest precision that it runs in, and inputs for it."""
 
-    def __init__(self, dense: nn.Module, inputs: Sequence[Any]) -> None:
-        self.model, self.inputs = copy.deepcopy(dense).double(), [_widened(x) for x in inputs]
-        self.tolerance = _TOLERANCE[torch.float64]
-        outputs = _outputs(self.model, self.inputs)
-        if isinstance(outputs, list):
-            _refuse_broken(dense, inputs, outputs)
-            return
-        # A model that insists on its own precision is compared in it.
-        self.model, self.inputs = copy.deepcopy(dense), list(inputs)
-        dtype = next(p.dtype for p in dense.parameters() if p.is_floating_point())
-        self.tolerance = _TOLERANCE.get(dtype, _HALF_TOLERANCE)
-        outputs = _outputs(self.model, self.inputs)
-        if isinstance(outputs, str):
-            raise UnsupportedError(
-                f"the model cannot be verified on a batch of samples: {outputs}", _BLIND
-            )
-        _refuse_broken(dense, inputs, outputs)
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+        self.model, self.inputs = model, inputs.two_samples()
+        plain = _outputs(model, self.inputs)
+        if isinstance(plain, str):
+            # It may take no other batch than the one it was shown.
+            self.inputs = inputs
+            again = _outputs(model, inputs)
+            if isinstance(again, str):
+                raise UnsupportedError(
+                    f"the model cannot be verified on a batch of samples: {plain}", _BLIND
+                )
+            plain = again
+        _refuse_broken(model, self.inputs, plain)
+        wide = _outputs(model, self.inputs, wide=True)
+        # A model that insists on its own precision, or works on views of its own tensors.
+        self.wide = _gap(plain, wide, max(_SAME_MODEL, _tolerance(plain))) is None
+        if not self.wide and _overflows(plain):
+            self.wide = isinstance(wide, list)
+        self.tolerance = _TOLERANCE[torch.float64] if self.wide else _tolerance(plain)
 
     def difference(self, factorized: Mapping[Layer, nn.Sequential]) -> str | None:
         """What is different with these layers replaced; None when nothing is."""
         reference, compressed = self._pair(factorized)
         for training in (False, True):
-            expected = _outputs(reference, self.inputs, training)
+            expected = _outputs(reference, self.inputs, training, self.wide)
             if isinstance(expected, str):
                 continue  # only ever in train mode
-            actual = _outputs(compressed, self.inputs, training)
+            actual = _outputs(compressed, self.inputs, training, self.wide)
             reason = _gap(expected, actual, self.tolerance)
             if reason is None:
                 continue
-            again = _outputs(reference, self.inputs, training)
+            again = _outputs(reference, self.inputs, training, self.wide)
             if _gap(expected, again, self.tolerance) is None:
                 return f"{reason} in {'train' if training else 'eval'} mode"
             if not training:
@@ -135,40 +146,107 @@ class _Comparison:
 
     def _pair(self, factorized: Mapping[Layer, nn.Sequential]) -> tuple[nn.Module, nn.Module]:
         """The model with reconstructed dense weights, and the model with the stand-ins."""
-        weights = {
-            layer: self.model.get_submodule(layer.name).get_parameter("weight")
-            for layer in factorized
-        }
-        # Two copies in all but the parameters that stay as they are.
-        own = {id(weight) for weight in weights.values()}
-        shared = {id(p): p for p in self.model.parameters() if id(p) not in own}
-        reference = copy.deepcopy(self.model, {**shared})
-        compressed = copy.deepcopy(self.model, {**shared})
+        weights = [
+            self.model.get_submodule(layer.name).get_parameter("weight") for layer in factorized
+        ]
+        # In place, so that whoever else holds such a weight sees the reconstruction as well.
+        reference = shared_copy(self.model, own=weights)
+        compressed = shared_copy(self.model)
         for layer, module in factorized.items():
             assert layer.spec is not None
             weight = reference.get_submodule(layer.name).get_parameter("weight")
-            with torch.no_grad():
-                weight.copy_(dense_weight(module, layer.spec))
-            replace_layer(compressed, layer, copy.deepcopy(module).to(weight.dtype))
+            found = dense_weight(module, layer.spec)
+            weight.data = found if self.wide else found.to(weight.dtype)
+            replace_layer(compressed, layer, module)
         return reference, compressed
 
 
-def _refuse_broken(dense: nn.Module, inputs: Sequence[Any], outputs: Sequence[Tensor]) -> None:
+class _Wide(TorchFunctionMode):
+    """Compute in float64, whatever precision the weights are kept in.
+
+    An operation gets float64 copies of its arguments, one weight at a time, and its results are
+    float64; what is changed in place is changed in its own precision.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        options = dict(kwargs or {})
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            found = func(*args, **options)
+            floats = isinstance(found, torch.dtype) and found.is_floating_point
+            return torch.float64 if floats else found
+        if name in _METADATA:
+            return func(*args, **options)
+        if func in _LOOKUPS:
+            # A table is looked up, not computed with: its rows are widened, not the whole.
+            return _widened(func(*args, **options))
+        out = options.pop("out", None)
+        options = _widened(options)
+        if out is not None:
+            return func(*_widened(args), **options, out=out)
+        if _is_in_place(name):
+            return func(*args[:1], *_widened(args[1:]), **options)
+        return _widened(func(*_widened(args), **options))
+
+
+# What is asked about a tensor without computing: not worth a copy of a whole table.
+_METADATA = frozenset(
+    {"size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "get_device"}
+    | {"element_size", "data_ptr", "is_contiguous", "is_complex", "is_floating_point"}
+    | {"untyped_storage", "__len__", "__hash__", "__repr__"}
+)
+
+_LOOKUPS = (functional.embedding, functional.embedding_bag, torch.embedding)
+
+
+def _is_in_place(name: str) -> bool:
+    if name.startswith("__"):
+        return name == "__setitem__" or (name.startswith("__i") and name != "__invert__")
+    return name.endswith("_")
+
+
+def _widened(value: Any) -> Any:
+    return pytree.tree_map(_wide_tensor, value)
+
+
+def _wide_tensor(value: Any) -> Any:
+    narrow = isinstance(value, Tensor) and value.is_floating_point()
+    return value.double() if narrow and value.dtype != torch.float64 else value
+
+
+def _refuse_broken(model: nn.Module, inputs: Inputs, outputs: Sequence[Tensor]) -> None:
     """Refuse a model that is broken before anything is replaced: nothing could be compared."""
     if any(bool(output.isfinite().any()) or output.numel() == 0 for output in outputs):
         return
-    if any(isinstance(x, Tensor) and not bool(x.isfinite().all()) for x in inputs):
+    if not inputs.is_finite:
         raise UnsupportedError(
             "the model cannot be verified on inputs that hold NaN or infinite values",
             "take those samples out",
         )
-    state = dense.state_dict(keep_vars=True).items()
+    state = model.state_dict(keep_vars=True).items()
     broken = [name for name, value in state if not bool(value.isfinite().all())]
     where = f"; so are entries of {', '.join(broken[:3])}" if broken else ""
     raise UnsupportedError(
         f"the model's output is NaN or infinite before anything is replaced{where}",
         "restore its weights from an earlier checkpoint" if broken else _BLIND,
     )
+
+
+def _overflows(outputs: Sequence[Tensor]) -> bool:
+    """Whether some of the outputs are not finite: in float64 they may be."""
+    return not all(bool(output.isfinite().all()) for output in outputs)
+
+
+def _tolerance(outputs: Sequence[Tensor]) -> float:
+    """By how much outputs of their precision may differ, relative to their norm."""
+    dtypes = {output.dtype for output in outputs if output.is_floating_point()}
+    return max((_TOLERANCE.get(dtype, _HALF_TOLERANCE) for dtype in dtypes), default=1e-6)
 
 
 def _gap(expected: list[Tensor], actual: list[Tensor] | str, tolerance: float) -> str | None:
@@ -179,7 +257,7 @@ def _gap(expected: list[Tensor], actual: list[Tensor] | str, tolerance: float) -
     if shapes[0] != shapes[1]:
         wanted, given = ("shape " + " and ".join(map(str, each)) for each in shapes)
         return f"the output has {given} instead of {wanted.removeprefix('shape ')}"
-    for want, have in zip(expected, actual, strict=True):
+    for want, have in zip(map(_double, expected), map(_double, actual), strict=True):
         finite = want.isfinite()
         if not torch.equal(finite, have.isfinite()):
             return "the output is NaN or infinite in other places than the dense reconstruction's"
@@ -189,11 +267,13 @@ def _gap(expected: list[Tensor], actual: list[Tensor] | str, tolerance: float) -
     return None
 
 
-def _outputs(model: nn.Module, inputs: Sequence[Any], training: bool = False) -> list[Tensor] | str:
-    """All tensors among the outputs, in double precision, or why there are none."""
+def _outputs(
+    model: nn.Module, inputs: Inputs, training: bool = False, wide: bool = False
+) -> list[Tensor] | str:
+    """All tensors among the outputs, or why there are none."""
     try:
-        with trial(model, training):
-            found = _tensors(model(*copies(inputs)))
+        with trial(model, training), _Wide() if wide else nullcontext():
+            found = _tensors((inputs.map(_wide_tensor) if wide else inputs).run(model))
     except Exception as error:  # a model may fail in any way
         return first_line(error)
     return found or "there is no tensor among its outputs"
@@ -203,11 +283,11 @@ def _tensors(outputs: Any) -> list[Tensor]:
     found = []
     for leaf in pytree.tree_leaves(outputs):
         if isinstance(leaf, Tensor):
-            found.append(leaf.to(torch.complex128 if leaf.is_complex() else torch.float64))
+            found.append(leaf)
         elif is_dataclass(leaf) and not isinstance(leaf, type):
             found += _tensors([getattr(leaf, field.name) for field in fields(leaf)])
     return found
 
 
-def _widened(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+def _double(output: Tensor) -> Tensor:
+    return output.to(torch.complex128 if output.is_complex() else torch.float64)

@@ -1,32 +1,110 @@
-"""What a budget bounds."""
+"""What a budget bounds: a number that falls when layers are replaced."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from tdkit.errors import UsageError
-from tdkit.layers.counting import model_parameters
+from tdkit.errors import UsageError, option
 from tdkit.layers.inventory import Layer
+from tdkit.layers.spec import LayerSpec
+
+CALLS = "calls"
+"""The need of a cost that depends on how the model calls its layers, as MACs do."""
+
+NEEDS = frozenset({CALLS})
+"""Everything that a cost may need besides the layers themselves."""
+
+
+class Cost(ABC):
+    """A cost. Subclass it, and register it with the hook ``tdkit_costs``.
+
+    A budget is a bound on a sum, so the cost of a model falls by what each replaced layer saves.
+
+    Attributes:
+        name: What users type after ``cost``.
+        unit: What it is counted in, in the plural, such as ``parameters``.
+        needs: What must be known of the layers; a subset of :data:`NEEDS`.
+    """
+
+    name: str
+    unit: str
+    needs: frozenset[str] = frozenset()
+
+    @abstractmethod
+    def of(self, stages: Sequence[LayerSpec], layer: Layer) -> int:
+        """What some stages in a row cost where a layer stands, at least 0.
+
+        Args:
+            stages: What stands there; the layer itself is its own only stage.
+            layer: The layer; how it is called is known if the cost needs that.
+        """
+
+    @abstractmethod
+    def total(self, model: nn.Module, layers: Sequence[Layer]) -> int:
+        """What a whole dense model costs, at least what its layers do.
+
+        Args:
+            model: The model.
+            layers: All its layers.
+        """
+
+
+@dataclass(frozen=True)
+class Change:
+    """A cost before and after a layer is replaced."""
+
+    before: int
+    after: int
+
+    @property
+    def saving(self) -> int:
+        """How much less it is; below 0 where it is more."""
+        return self.before - self.after
+
+
+def is_known(cost: Cost, layer: Layer) -> bool:
+    """Whether what a cost needs of a layer is known."""
+    return layer.spec is not None and (CALLS not in cost.needs or layer.calls is not None)
+
+
+def change(cost: Cost, stages: Sequence[LayerSpec], layer: Layer) -> Change | None:
+    """What replacing a layer by stages changes; None where the cost is unknown."""
+    if layer.spec is None or not is_known(cost, layer):
+        return None
+    return Change(cost.of([layer.spec], layer), cost.of(stages, layer))
 
 
 def total_cost(model: nn.Module, layers: Sequence[Layer], cost: Cost) -> int:
-    """A model's parameters, or the MACs of its convolutional and linear layers.
+    """What a model costs.
 
     Raises:
-        UsageError: If MACs are asked for and the model has not been run.
+        UsageError: If the cost depends on how layers are called, and the model has not been run.
     """
-    if cost == "params":
-        return model_parameters(model)
-    counts = [layer.macs for layer in layers]
-    if any(layer.calls is None for layer in layers):
-        raise UsageError(
-            "MACs are unknown without the shape of the input",
-            "give it with --input-shape, such as 3,224,224",
+    if CALLS in cost.needs and any(layer.calls is None for layer in layers):
+        raise unknown_cost(cost)
+    return cost.total(model, layers)
+
+
+def unknown_cost(cost: Cost) -> UsageError:
+    """The error for a cost that takes a forward pass to know."""
+    shape = option("input_shape", (3, 224, 224))
+    return UsageError(
+        f"{cost.unit} are unknown without the shape of the input", f"give it with {shape}"
+    )
+
+
+def to_json(costs: Mapping[str, Change | None]) -> dict[str, Any]:
+    """Costs as JSON values: ``{name}_before`` and ``{name}_after``, null where unknown."""
+    return {
+        key: value
+        for name, found in costs.items()
+        for key, value in (
+            (f"{name}_before", found and found.before),
+            (f"{name}_after", found and found.after),
         )
-    return sum(number for number in counts if number is not None)
-
-
-Cost = Literal["params", "macs"]
+    }

@@ -6,12 +6,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 import torch
 from torch import nn
 
-from tdkit.forward.inputs import copies
+from tdkit.forward.inputs import Inputs
 from tdkit.forward.trial import mode
 
 
@@ -35,18 +34,17 @@ class Latency:
 
 
 def measure_latency(
-    models: Sequence[nn.Module], inputs: Sequence[Any], *, runs: int = 15, seconds: float = 10.0
+    models: Sequence[nn.Module], inputs: Inputs, *, runs: int = 15, seconds: float = 10.0
 ) -> Latency:
     """Time eval-mode forward passes of several models on the same inputs, in turn.
 
     Args:
         models: The models to compare.
-        inputs: Arguments of a forward pass, at least one of them a tensor.
+        inputs: Arguments of a forward pass, at least one of them a tensor, of any shape.
         runs: Timed passes per model, fewer when time runs out, but at least three.
         seconds: About how long all of it may take.
     """
-    first = next(value for value in inputs if isinstance(value, torch.Tensor))
-    device = first.device
+    device = inputs.tensors[0].device
     times: list[list[float]] = [[] for _ in models]
     start = time.perf_counter()
     for model in models:
@@ -56,20 +54,20 @@ def measure_latency(
             taken.append(_timed(model, inputs, device))
     return Latency(
         milliseconds=tuple(1e3 * median(taken) for taken in times),
-        batch=len(first),
+        batch=inputs.batch or 1,
         runs=len(times[0]),
         threads=torch.get_num_threads(),
         device=device.type,
     )
 
 
-def _timed(model: nn.Module, inputs: Sequence[Any], device: torch.device) -> float:
-    arguments = copies(inputs)
+def _timed(model: nn.Module, inputs: Inputs, device: torch.device) -> float:
+    given = inputs.map(torch.clone)
     # Not inference_mode: what a model keeps from such a pass could not be trained with.
     with mode(model, training=False), torch.no_grad():
         _synchronize(device)
         start = time.perf_counter()
-        model(*arguments)
+        model(*given.args, **given.kwargs)
         _synchronize(device)
         return time.perf_counter() - start
 

@@ -11,13 +11,13 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import flop_registry
 
-from tdkit.forward.inputs import copies
+from tdkit.forward.inputs import Inputs
 from tdkit.forward.operators import OperatorMode
 from tdkit.forward.trial import trial
 from tdkit.layers.inventory import Layer
 
 
-def outside_macs(model: nn.Module, layers: Sequence[Layer], inputs: Sequence[Any]) -> int | None:
+def outside_macs(model: nn.Module, layers: Sequence[Layer], inputs: Inputs) -> int | None:
     """Multiply-accumulates per sample outside of convolutional and linear layers.
 
     Args:
@@ -32,7 +32,7 @@ def outside_macs(model: nn.Module, layers: Sequence[Layer], inputs: Sequence[Any
     counter = _Products()  # type: ignore[no-untyped-call]
     try:
         with trial(model), _in_plain_products(), counter:
-            model(*copies(inputs))
+            inputs.run(model)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception:  # a model may fail in any way

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tdkit.errors import UnsupportedError, UsageError
+from tdkit.layers.evidence import Evidence
 from tdkit.layers.spec import LayerSpec
 
 Rank = int | tuple[int, ...]
@@ -35,6 +36,7 @@ class Decomposition(ABC):
     """
 
     random: bool = False
+    needs: frozenset[str] = frozenset()
 
     def supports(self, layer: LayerSpec) -> str | None:
         """None when the layer can be decomposed, else the reason why not."""
@@ -106,12 +108,17 @@ class Prepared:
     """
 
     def __init__(
-        self, method: Decomposition, layer: LayerSpec, weight: Tensor, seed: int = 0
+        self,
+        method: Decomposition,
+        layer: LayerSpec,
+        weight: Tensor,
+        seed: int | Evidence = 0,
     ) -> None:
         self.method = method
         self.layer = layer
         self.group = layer.per_group()
-        self.seed = seed
+        self.evidence = seed if isinstance(seed, Evidence) else Evidence(seed)
+        self.seed = self.evidence.seed
         reason = method.supports(self.group)
         if reason:
             raise UnsupportedError(f"this layer cannot be decomposed so: {reason}")
@@ -189,6 +196,10 @@ class Prepared:
         share = self.scale ** (1 / len(weights))
         return [weight * share for weight in weights]
 
+    def dense(self) -> Tensor:
+        """The layer's weight as it was given, in torch's layout and float64."""
+        return join_groups(self.weight, self.layer) * self.scale
+
     def reconstruct(self, rank: Rank) -> Tensor:
         """The dense weight, in torch's layout and float64, that the factors amount to."""
         return join_groups(self._unit_reconstruction(rank), self.layer) * self.scale
@@ -206,6 +217,13 @@ class Prepared:
         if self._latest is None or self._latest[0] != rank:
             self._latest = (rank, self.group_factors(rank))
         return self._latest[1]
+
+
+def prepared(
+    method: Decomposition, layer: LayerSpec, weight: Tensor, evidence: Evidence
+) -> Prepared:
+    """TEMPORARY."""
+    return method.prepare(layer, weight, evidence.seed)
 
 
 def layer_stages(method: Decomposition, layer: LayerSpec, rank: Rank) -> tuple[LayerSpec, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from types import FunctionType
 
 import torch
@@ -26,6 +27,30 @@ def require_module(model: object) -> None:
         )
 
 
+def plain_module(model: nn.Module) -> nn.Module:
+    """The plain model inside any wrapper.
+
+    Raises:
+        UsageError: If it is no module.
+        UnsupportedError: If it is a TorchScript module.
+    """
+    require_module(model)
+    return unwrap(model)
+
+
+def refuse_uncopyable(model: nn.Module) -> None:
+    """Refuse a plain model of which a copy would be another model, or none.
+
+    Raises:
+        UnsupportedError: If it is lazy or half on the meta device, or a part of it is compiled,
+            scripted or has a forward that a copy would share.
+    """
+    refuse_lazy(model)
+    for name, module in model.named_modules():
+        _refuse_part(name, module)
+    _refuse_half_empty(model)
+
+
 def own_copy(model: nn.Module) -> nn.Module:
     """A copy of the plain model inside any wrapper, so that the caller's stays as it is.
 
@@ -33,12 +58,8 @@ def own_copy(model: nn.Module) -> nn.Module:
         UsageError: If it is no module.
         UnsupportedError: If the model cannot be copied, or is lazy.
     """
-    require_module(model)
-    plain = unwrap(model)
-    refuse_lazy(plain)
-    for name, module in plain.named_modules():
-        _refuse_part(name, module)
-    _refuse_half_empty(plain)
+    plain = plain_module(model)
+    refuse_uncopyable(plain)
     try:
         return copy.deepcopy(plain)
     except (MemoryError, torch.OutOfMemoryError):
@@ -50,6 +71,20 @@ def own_copy(model: nn.Module) -> nn.Module:
             "remove weight_norm, pruning and the like, sparse weights, and tensors kept from a"
             " forward pass, first",
         ) from error
+
+
+def shared_copy(model: nn.Module, own: Collection[Tensor] = ()) -> nn.Module:
+    """A copy of a model's modules that shares the parameters and buffers, all but some.
+
+    It costs next to nothing. Running it changes the original's buffers, outside of a trial.
+
+    Args:
+        model: A plain model, which stays as it is.
+        own: Parameters or buffers of any shape that the copy has for itself.
+    """
+    apart = {id(tensor) for tensor in own}
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(t): t for t in tensors if id(t) not in apart})
 
 
 def _refuse_part(name: str, module: nn.Module) -> None:

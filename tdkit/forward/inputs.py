@@ -1,8 +1,9 @@
-"""Arguments of a forward pass."""
+"""Arguments of a forward pass, nested in whatever way a model takes them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -11,24 +12,122 @@ from torch import Tensor, nn
 from tdkit.errors import UsageError
 
 
-def copies(inputs: Sequence[Any]) -> list[Any]:
-    """Arguments of a forward pass that the model may change in place."""
-    return [value.clone() if isinstance(value, Tensor) else value for value in inputs]
+@dataclass(frozen=True)
+class Inputs:
+    """What a forward pass is called with.
+
+    Attributes:
+        args: Positional arguments: tensors of any shape, and whatever else the model takes.
+        kwargs: Keyword arguments.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, value: Any) -> Inputs:
+        """The first of :func:`readings`: what a value most likely means as arguments."""
+        return readings(value)[0]
+
+    def run(self, model: Callable[..., Any]) -> Any:
+        """Call a model with copies of the tensors, so that it may change them in place."""
+        given = self.map(torch.clone)
+        return model(*given.args, **given.kwargs)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        """The same arguments with every tensor, however nested, replaced."""
+        kwargs = {key: map_tensors(value, change) for key, value in self.kwargs.items()}
+        return Inputs(tuple(map_tensors(value, change) for value in self.args), kwargs)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors among the arguments, in order."""
+        found: list[Tensor] = []
+
+        def collect(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self.map(collect)
+        return found
+
+    @property
+    def batch(self) -> int | None:
+        """The size of the batch axis: the first one of the first tensor that has any."""
+        return next((len(tensor) for tensor in self.tensors if tensor.ndim), None)
+
+    def first_sample(self) -> Inputs:
+        """The first sample of every tensor that has the batch axis."""
+        return self._of_batch(self.batch, lambda tensor: tensor[:1])
+
+    def two_samples(self) -> Inputs:
+        """At least two samples, the second one mirrored: BatchNorm in train mode refuses one."""
+        if self.batch != 1:
+            return self
+        return self._of_batch(1, lambda tensor: torch.cat([tensor, tensor.flip(-1)]))
+
+    def _of_batch(self, size: int | None, change: Callable[[Tensor], Tensor]) -> Inputs:
+        return self.map(lambda x: change(x) if x.ndim and len(x) == size else x)
+
+    @property
+    def image(self) -> Tensor | None:
+        """The only argument where that is a tensor of floats (batch, ...); else None."""
+        value = self.args[0] if len(self.args) == 1 and not self.kwargs else None
+        images = isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2
+        return value if images else None
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no tensor holds NaN or infinity."""
+        return all(bool(tensor.isfinite().all()) for tensor in self.tensors)
+
+    def shapes(self) -> str:
+        """The shapes of the tensors, for messages."""
+        return ", ".join(str(tuple(tensor.shape)) for tensor in self.tensors)
 
 
-def arguments(batch: Tensor | Sequence[Any]) -> Sequence[Any]:
-    """A batch as the arguments of a forward pass; a tensor is the only one."""
-    return [batch] if isinstance(batch, Tensor) else batch
+def readings(value: Any) -> tuple[Inputs, ...]:
+    """What a value may mean as the arguments of a forward pass, the likeliest first.
+
+    A tuple or a list is several positional arguments, or one argument that is a list; a mapping
+    is keyword arguments, or one argument that is a mapping; anything else is one argument.
+
+    Args:
+        value: Tensors of any shape, however nested.
+    """
+    if isinstance(value, Inputs):
+        return (value,)
+    alone = Inputs((value,))
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return Inputs(kwargs=dict(value)), alone
+    # A named tuple, such as a packed sequence, is one thing.
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
+        return Inputs(tuple(value)), alone
+    return (alone,)
 
 
-def is_image(value: Any) -> bool:
-    """Whether a value is a tensor of floats with a batch axis and more."""
-    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A nested value with every tensor replaced; containers are new, other leaves stay.
+
+    Args:
+        value: Tensors, mappings, lists, tuples, named tuples and dataclasses in any nesting.
+        change: Called with each tensor, of any shape.
+    """
+    if isinstance(value, Tensor):
+        return change(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        changed = {f.name: map_tensors(getattr(value, f.name), change) for f in fields(value)}
+        return replace(value, **changed)
+    if isinstance(value, Mapping):
+        changed = {key: map_tensors(part, change) for key, part in value.items()}
+        return changed if type(value) is dict else type(value)(changed)  # type: ignore[call-arg]
+    if isinstance(value, list | tuple):
+        parts = [map_tensors(part, change) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
 
 
-def random_inputs(
-    model: nn.Module, shape: Sequence[int], batch: int = 2, seed: int = 0
-) -> tuple[Tensor]:
+def random_inputs(model: nn.Module, shape: Sequence[int], batch: int = 2, seed: int = 0) -> Inputs:
     """A batch of standard normal inputs in the model's dtype and on its device.
 
     Args:
@@ -36,33 +135,24 @@ def random_inputs(
         shape: The shape of one sample.
         batch: How many.
         seed: Of the generator that draws them.
+
+    Returns:
+        One tensor (batch, *shape).
+
+    Raises:
+        UsageError: If a sample of this shape has no elements.
     """
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     if any(size < 1 for size in shape):
         raise UsageError(f"an input of shape {tuple(shape)} is empty")
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(batch, *shape, generator=generator).to(like),)
+    return Inputs((torch.randn(batch, *shape, generator=generator).to(first_float(model)),))
 
 
-def one_sample(inputs: Sequence[Any] | None) -> list[Any] | None:
-    """A forward pass's arguments with the first sample of every tensor that has the batch axis."""
-    if inputs is None:
-        return None
-    batch = _batch(inputs)
-    return [x[:1] if _size(x) == batch else x for x in inputs]
+def first_float(model: nn.Module) -> Tensor:
+    """The first parameter of floats, of any shape, whose dtype and device a model's inputs have."""
+    return next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
 
 
-def two_samples(inputs: Sequence[Any]) -> list[Any]:
-    """At least two samples: BatchNorm in train mode refuses one."""
-    if _batch(inputs) != 1:
-        return list(inputs)
-    return [torch.cat([x, x.flip(-1)]) if _size(x) == 1 else x for x in inputs]
-
-
-def _batch(inputs: Sequence[Any]) -> int | None:
-    """The size of the batch axis: the first one of the first tensor that has any."""
-    return next((size for size in map(_size, inputs) if size is not None), None)
-
-
-def _size(value: Any) -> int | None:
-    return len(value) if isinstance(value, Tensor) and value.ndim else None
+def copies(inputs: Sequence[Any]) -> list[Any]:
+    """Arguments of a forward pass, tensors of any shape among them, that may be changed."""
+    return [value.clone() if isinstance(value, Tensor) else value for value in inputs]

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from tdkit.errors import UnsupportedError, first_line
+from tdkit.errors import UnsupportedError, first_line, option
 from tdkit.forward.copying import refuse_lazy
-from tdkit.forward.inputs import copies
+from tdkit.forward.inputs import Inputs
 from tdkit.forward.trial import trial
 
+Calls = Mapping[nn.Module, "Sequence[Call]"]
+"""How a pass calls modules, in order of the first call."""
 
-def trace(
-    model: nn.Module, modules: Sequence[nn.Module], inputs: Sequence[Any]
-) -> dict[nn.Module, list[Call]]:
+
+def trace(model: nn.Module, modules: Sequence[nn.Module], inputs: Inputs) -> Calls:
     """How one eval-mode forward pass calls some modules, in order of the first call.
+
+    Args:
+        model: The model; it is afterwards as before.
+        modules: Some of its modules.
+        inputs: Arguments of the pass, tensors of any shape.
 
     Raises:
         UnsupportedError: If the model is lazy, or does not run on the inputs.
@@ -32,14 +39,15 @@ def trace(
     handles = [m.register_forward_pre_hook(hook, with_kwargs=True) for m in modules]
     try:
         with trial(model):
-            model(*copies(inputs))
-    except Exception as error:
-        shapes = ", ".join(str(tuple(i.shape)) for i in inputs if isinstance(i, Tensor))
+            inputs.run(model)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a model may fail in any way
         raise UnsupportedError(
-            f"the model does not run on an input of shape {shapes}: {first_line(error)}",
-            "name the shape that it takes with --input-shape, such as 3,224,224, or data that fit;"
-            " a model of several inputs or of integers goes without, or with example_inputs in"
-            " Python",
+            f"the model does not run on an input of shape {inputs.shapes()}: {first_line(error)}",
+            f"name the shape that it takes with {option('input_shape', (3, 224, 224))}, or data"
+            f" that fit; a model of several inputs or of integers takes {option('example_inputs')}"
+            " in Python, or goes without",
         ) from error
     finally:
         for handle in handles:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from tdkit.errors import UnsupportedError, unknown_name
-from tdkit.forward.trace import Call, trace
+from tdkit.forward.inputs import Inputs
+from tdkit.forward.trace import Call, Calls, trace
 from tdkit.layers.counting import macs
 from tdkit.layers.reasons import parameter_users, reason
 from tdkit.layers.spec import KINDS, LayerSpec, spec_of
+from tdkit.layers.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Layer:
         parameters: Its own parameters, bias included.
         calls: How one sample passes through it; None when the model was not run.
         reason: Why it is kept dense; None when it can be decomposed.
+        bytes_per_parameter: Of its weight's dtype.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Layer:
     parameters: int
     calls: tuple[Call, ...] | None = None
     reason: str | None = None
+    bytes_per_parameter: int = 4
 
     @property
     def macs(self) -> int | None:
@@ -50,18 +53,22 @@ class Layer:
 def find_layers(
     model: nn.Module,
     *,
-    inputs: Sequence[Any] | None = None,
+    inputs: Inputs | None = None,
+    calls: Calls | None = None,
     patterns: Sequence[str] = (),
     keep_ends: bool = True,
+    weights: Weights | None = None,
 ) -> list[Layer]:
     """Every convolutional and linear layer in order, with the reason where one is kept dense.
 
     Args:
         model: Any module.
-        inputs: Arguments of one forward pass over a single sample; without them MACs stay unknown
-            and the order is that of registration, not that of the calls.
+        inputs: Arguments of one forward pass over a single sample; without them or ``calls`` MACs
+            stay unknown and the order is that of registration, not that of the calls.
+        calls: What such a pass has told already.
         patterns: Shell patterns; layers that match none under any of their names are kept dense.
         keep_ends: Keep the first and the last layer dense, as the paper does.
+        weights: Where the layers' weights are, if not in the model.
 
     Raises:
         UsageError: If a pattern matches no layer.
@@ -72,8 +79,9 @@ def find_layers(
         raise UnsupportedError(
             "the model has no parameters: there is nothing to compress", "give it its weights first"
         )
-    names = _names(model)
-    calls = trace(model, list(names), inputs) if inputs is not None else None
+    names = weight_layers(model)
+    if calls is None and inputs is not None:
+        calls = trace(model, list(names), inputs)
     users = parameter_users(model)
     layers = [
         Layer(
@@ -83,7 +91,8 @@ def find_layers(
             spec=spec_of(module) if isinstance(module, tuple(KINDS.values())) else None,
             parameters=_own_parameters(module),
             calls=tuple(calls.get(module, ())) if calls is not None else None,
-            reason=reason(model, module, paths, users),
+            reason=reason(model, module, paths, users, weights),
+            bytes_per_parameter=_itemsize(module),
         )
         for module, paths in names.items()
     ]
@@ -101,7 +110,12 @@ def replace_layer(model: nn.Module, layer: Layer, module: nn.Module) -> None:
         model.get_submodule(owner)._modules[attribute] = module
 
 
-def _names(model: nn.Module) -> dict[nn.Module, list[str]]:
+def weight_layers(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """The convolutional and linear layers of a model, each with all its names.
+
+    Raises:
+        UnsupportedError: If the model is a single layer, or contains itself.
+    """
     names: dict[nn.Module, list[str]] = {}
     try:
         for name, module in model.named_modules(remove_duplicate=False):
@@ -123,6 +137,11 @@ def _is_weight_layer(module: nn.Module) -> bool:
     return isinstance(module, tuple(KINDS.values())) or (
         ".quantized" in type(module).__module__ and hasattr(module, "weight")
     )
+
+
+def _itemsize(module: nn.Module) -> int:
+    weight = module._parameters.get("weight")
+    return 4 if weight is None else weight.element_size()
 
 
 def _own_parameters(module: nn.Module) -> int:

@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from tdkit.layers.spec import KINDS, LayerSpec, spec_of
+from tdkit.layers.weights import Weights
 
 _OWNERS_THAT_READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
@@ -41,7 +42,11 @@ def parameter_users(model: nn.Module) -> Counter[int]:
 
 
 def reason(
-    model: nn.Module, module: nn.Module, paths: Sequence[str], users: Mapping[int, int]
+    model: nn.Module,
+    module: nn.Module,
+    paths: Sequence[str],
+    users: Mapping[int, int],
+    weights: Weights | None = None,
 ) -> str | None:
     """Why a layer is kept dense; None when it can be decomposed.
 
@@ -50,11 +55,15 @@ def reason(
         module: The layer.
         paths: All names of the layer.
         users: From :func:`parameter_users`.
+        weights: Where its weight is, if not in the model.
     """
+    weight: Tensor | None = module._parameters.get("weight")
+    shared = weight is not None and users[id(weight)] > 1
+    stored = weight if weights is None or weight is None else weights.weight(paths[0])
     return (
         _reason_of_owner(model, paths)
         or _reason_of_class(module)
-        or _reason_of_weight(module, users)
+        or _reason_of_weight(stored, shared)
         or _reason_of_instance(module)
         or _reason_of_geometry(spec_of(module))
     )
@@ -100,8 +109,7 @@ def is_factorization(module: nn.Sequential) -> bool:
     return _reason_of_geometry(spec_of(module[0])) is None
 
 
-def _reason_of_weight(module: nn.Module, users: Mapping[int, int]) -> str | None:
-    weight = module._parameters.get("weight")
+def _reason_of_weight(weight: Tensor | None, shared: bool) -> str | None:
     if weight is None:
         return "its weight is computed from other parameters (weight_norm?): remove that first"
     if isinstance(weight, UninitializedParameter):
@@ -112,7 +120,7 @@ def _reason_of_weight(module: nn.Module, users: Mapping[int, int]) -> str | None
         (weight.is_complex(), "its weight is complex"),
         (weight.dtype not in _DTYPES, f"its weight is {weight.dtype}"),
         (weight.numel() == 0, "its weight is empty"),
-        (users[id(weight)] > 1, "its weight is tied to another layer's"),
+        (shared, "its weight is tied to another layer's"),
     )
     found = next((reason for failed, reason in checks if failed), None)
     if found is None and not bool(torch.isfinite(weight).all()):

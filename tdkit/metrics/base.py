@@ -1,26 +1,145 @@
-"""What a metric is: an approximation error e(W~, W), larger is worse."""
+"""What a metric is: an approximation error e(W~, W) with its law, larger is worse."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tdkit.errors import UsageError
+from tdkit.layers.evidence import Evidence
+
+Penalty = Literal["squares", "itself"]
+"""By what an error adds up over layers: its square, or itself."""
+
+PENALTIES: Mapping[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
+    "squares": np.square,
+    "itself": np.array,
+}
+"""The laws that an error may add up by, each a rising function of errors of at least 0."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An original and its approximation, as a metric sees them.
+
+    Attributes:
+        error: The Frobenius norm of the difference.
+        norm: That of the original.
+        size: How many elements the original has.
+        evidence: What else is known about the layer.
+        tensors: Gives the original and the approximation, float64 and of the same shape: for
+            weights torch's layout of the layer, for features (channels, ...) of one sample.
+    """
+
+    error: float
+    norm: float
+    size: int
+    evidence: Evidence = field(default=Evidence(), compare=False)
+    tensors: Callable[[], tuple[Tensor, Tensor]] | None = field(default=None, compare=False)
+
+    @cached_property
+    def tensor(self) -> Tensor:
+        """The original minus its approximation, float64."""
+        original, approximation = self.both
+        return original - approximation
+
+    @cached_property
+    def both(self) -> tuple[Tensor, Tensor]:
+        """The original and its approximation, float64."""
+        assert self.tensors is not None, "whoever makes a difference for a metric gives its tensors"
+        return self.tensors()
 
 
 @dataclass(frozen=True)
 class Metric:
-    """An approximation error made from norms.
+    """An approximation error, and its law: a number of at least 0 that adds up by a penalty.
 
     Attributes:
         name: As registered.
         target: ``weights``, or ``features`` (the layer's output; averaged over samples).
         value: Maps the Frobenius norm of the difference, the norm of the original and its number
             of elements to the error.
+        compare: Instead of ``value``, maps a :class:`Difference` to the error; it may look at the
+            tensors and at the evidence.
+        penalty: By what the error adds up over layers: ``squares``, or ``itself``. Planner and
+            study rank by it.
+        needs: What evidence ``compare`` looks at, such as ``moments``.
+
+    Raises:
+        UsageError: If the penalty is not one of these, or not exactly one of ``value`` and
+            ``compare`` is given.
     """
 
     name: str
     target: Literal["weights", "features"]
-    value: Callable[[float, float, int], float]
+    value: Callable[[float, float, int], float] | None = None
+    compare: Callable[[Difference], float] | None = None
+    penalty: str = "squares"
+    needs: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.penalty not in PENALTIES:
+            raise UsageError(
+                f"the metric {self.name} adds up by {self.penalty!r}, which is no penalty",
+                f"it is {' or '.join(PENALTIES)}",
+            )
+        if (self.value is None) == (self.compare is None):
+            raise UsageError(
+                f"the metric {self.name} needs a value of norms, or a compare of a difference",
+                "give one of the two",
+            )
+
+    def of(self, difference: Difference) -> float:
+        """The error of an approximation, not yet held against the law; see :meth:`check`."""
+        if self.compare is not None:
+            return float(self.compare(difference))
+        assert self.value is not None
+        return float(self.value(difference.error, difference.norm, difference.size))
+
+    def check(self, error: float) -> float:
+        """Hold an error against the law.
+
+        Raises:
+            UsageError: If it is negative, infinite or no number; the message names the metric.
+        """
+        if not (math.isfinite(error) and error >= 0):
+            raise UsageError(
+                f"the metric {self.name} gives {error:g}, and an error is finite and at least 0",
+                "larger is worse: of a ratio in dB, for instance, take the inverse as a number",
+            )
+        return error
+
+
+def penalties(errors: Iterable[float] | NDArray[np.float64], law: str) -> NDArray[np.float64]:
+    """What each error adds to the sum that a planner keeps small.
+
+    Relative to the largest one, so that no square over- or underflows.
+
+    Args:
+        errors: Any shape.
+        law: One of :data:`PENALTIES`.
+
+    Returns:
+        The same shape, float64; NaN where an error is not a finite number.
+
+    Raises:
+        UsageError: If an error is negative.
+    """
+    values = np.asarray([*errors] if not isinstance(errors, np.ndarray) else errors, np.float64)
+    known = np.isfinite(values)
+    if (values[known] < 0).any():
+        raise UsageError(
+            f"an error of {values[known].min():g} cannot guide a planner: errors are at least 0"
+        )
+    largest = values[known].max(initial=0.0) or 1.0
+    return PENALTIES[law](np.where(known, values, np.nan) / largest)
 
 
 def absolute(error: float, norm: float, size: int) -> float:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tdkit.errors import UnsupportedError, first_line
-from tdkit.forward.inputs import copies
+from tdkit.forward.inputs import Inputs
 from tdkit.forward.trial import trial
-from tdkit.metrics.base import Metric, absolute, relative, scaled
+from tdkit.metrics.base import Difference, Metric, absolute, relative, scaled
 
 RELATIVE = Metric("relative-features", "features", relative)
 ABSOLUTE = Metric("absolute-features", "features", absolute)
@@ -26,7 +27,7 @@ class NotFiniteError(UnsupportedError):
 def feature_errors(
     model: nn.Module,
     stand_ins: Mapping[str, Sequence[nn.Module]],
-    batches: Iterable[Tensor | Sequence[Any]],
+    batches: Iterable[Any],
     metrics: Sequence[Metric],
 ) -> dict[str, list[dict[str, float]]]:
     """Mean over samples of each metric on the outputs of layers, in one pass over the data.
@@ -37,7 +38,7 @@ def feature_errors(
     Args:
         model: The dense model; it runs in eval mode and stays as it is.
         stand_ins: By the name of a layer, the modules to compare with it.
-        batches: Model inputs: a tensor (batch, ...), or several for a model that takes several.
+        batches: Model inputs: a tensor (batch, ...), or several, however nested.
         metrics: Feature metrics.
 
     Returns:
@@ -46,6 +47,7 @@ def feature_errors(
 
     Raises:
         UnsupportedError: If the model does not run on the data.
+        UsageError: If a metric gives a negative error.
         NotFiniteError: If a layer's features are not finite, whatever stands in for it.
     """
     watched = {name: Watched(name, modules, metrics) for name, modules in stand_ins.items()}
@@ -56,7 +58,7 @@ def feature_errors(
     try:
         for batch in batches:
             with trial(model):
-                model(*copies([batch] if isinstance(batch, Tensor) else batch))
+                Inputs.of(batch).run(model)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError) as error:
@@ -93,6 +95,9 @@ class Watched:
         # differences to each stand-in's; and how many elements the features of a sample have.
         self._norms: list[Tensor] = []
         self._sizes: list[int] = []
+        # Of metrics that look at the features themselves, the sums over samples by stand-in.
+        self._comparing = [metric for metric in metrics if metric.compare is not None]
+        self._sums = [dict.fromkeys((m.name for m in self._comparing), 0.0) for _ in modules]
 
     def __call__(
         self, _layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
@@ -103,9 +108,12 @@ class Watched:
         features = output.double().flatten(1)
         norms = [torch.linalg.vector_norm(features, dim=1)]
         # One after the other, so that memory does not grow with their number.
-        for module in self.modules:
-            other = module(*args, **kwargs).double().flatten(1)
+        for module, sums in zip(self.modules, self._sums, strict=True):
+            replaced = module(*args, **kwargs)
+            other = replaced.double().flatten(1)
             norms.append(torch.linalg.vector_norm(features - other, dim=1))
+            if self._comparing:
+                self._compare(output, replaced, sums)
         self.samples += len(features)
         self._norms.append(torch.stack(norms))
         self._sizes += [features.shape[1]] * len(features)
@@ -115,6 +123,7 @@ class Watched:
 
         Raises:
             NotFiniteError: If the layer's features are not finite.
+            UsageError: If a metric gives a negative error.
         """
         norms, *errors = torch.cat(self._norms, dim=1).tolist()
         if not all(map(math.isfinite, norms)):
@@ -122,9 +131,31 @@ class Watched:
                 f"the features of {self.name!r} are not finite", "does the data hold NaN?"
             )
         return [
-            {
-                metric.name: sum(map(metric.value, error, norms, self._sizes)) / self.samples
-                for metric in self.metrics
-            }
-            for error in errors
+            {metric.name: self._mean(metric, error, norms, sums) for metric in self.metrics}
+            for error, sums in zip(errors, self._sums, strict=True)
         ]
+
+    def _mean(
+        self, metric: Metric, errors: list[float], norms: list[float], sums: Mapping[str, float]
+    ) -> float:
+        if metric.compare is not None:
+            total = sums[metric.name]
+        else:
+            assert metric.value is not None
+            total = sum(map(metric.value, errors, norms, self._sizes))
+        if total < 0:
+            metric.check(total / self.samples)
+        return total / self.samples
+
+    def _compare(self, features: Tensor, replaced: Tensor, sums: dict[str, float]) -> None:
+        """Add up what metrics say that look at the features of each sample, (channels, ...)."""
+        for one, other in zip(features.double(), replaced.double(), strict=True):
+            gap, norm = float((one - other).norm()), float(one.norm())
+            both = partial(_both, one, other)
+            difference = Difference(gap, norm, one.numel(), tensors=both)
+            for metric in self._comparing:
+                sums[metric.name] += metric.of(difference)
+
+
+def _both(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    return one, other

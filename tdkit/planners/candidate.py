@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tdkit.decompositions.base import (
-    Rank,
-)
+from tdkit.costs.base import Change
+from tdkit.costs.base import to_json as costs_to_json
+from tdkit.decompositions.base import Rank
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,8 @@ class Candidate:
         method: The method's name.
         rank: The method's rank.
         keep: The fraction of the layer's weight parameters that remain.
-        params_before: The layer's parameters, bias included.
-        params_after: Those of its factorization.
-        macs_before: The layer's multiply-accumulates per sample; None when unknown.
-        macs_after: Those of its factorization.
+        costs: By the name of a cost that of the layer and of its factorization; None where it is
+            unknown.
         errors: Approximation error by metric.
     """
 
@@ -31,14 +29,18 @@ class Candidate:
     method: str
     rank: Rank
     keep: float
-    params_before: int
-    params_after: int
-    macs_before: int | None
-    macs_after: int | None
+    costs: Mapping[str, Change | None]
     errors: Mapping[str, float]
 
 
 def to_json(candidate: Candidate) -> dict[str, Any]:
-    """A candidate as JSON values."""
-    fields = vars(candidate) | {"errors": dict(candidate.errors)}
-    return fields | {"rank": list(r) if isinstance(r := candidate.rank, tuple) else r}
+    """A candidate as JSON values, of each cost ``{name}_before`` and ``{name}_after``."""
+    rank = candidate.rank
+    return {
+        "layer": candidate.layer,
+        "method": candidate.method,
+        "rank": list(rank) if isinstance(rank, tuple) else rank,
+        "keep": candidate.keep,
+        **costs_to_json(candidate.costs),
+        "errors": dict(candidate.errors),
+    }

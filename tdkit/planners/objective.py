@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
-from tdkit.costs.base import Cost
-from tdkit.errors import UsageError
+from tdkit.costs.base import Cost, unknown_cost
+from tdkit.errors import UsageError, option
+from tdkit.metrics.base import Metric, penalties
 from tdkit.planners.base import Option, Planner, UnreachableError
 from tdkit.planners.candidate import Candidate
 
@@ -19,28 +20,27 @@ def choose(
     total: int,
     budget: float,
     cost: Cost,
-    metric: str,
+    metric: Metric,
 ) -> list[Candidate]:
     """Let a planner choose so that the model's cost falls to the budget.
 
     Args:
         candidates: The scored grid; those whose error is not a finite number are passed over.
-        planner: Sees savings and squared errors only.
+        planner: Sees savings and penalties only.
         total: The whole model's cost.
         budget: The fraction of it that may remain.
         cost: Which cost.
-        metric: Which error, squared, is the penalty.
+        metric: Which error; its law says by what penalty it adds up over layers.
 
     Raises:
-        UsageError: If the budget is out of reach; the message names the smallest reachable one.
+        UsageError: If the budget is out of reach, which names the smallest reachable one; if the
+            cost is unknown; or if an error is negative.
     """
-    errors = [c.errors[metric] for c in candidates]
-    # Relative to the largest, so that no square over- or underflows.
-    largest = max(filter(math.isfinite, errors), default=0.0) or 1.0
+    added = penalties([c.errors[metric.name] for c in candidates], metric.penalty)
     options = [
-        Option(c.layer, saving, (error / largest) ** 2, index)
-        for index, (c, error) in enumerate(zip(candidates, errors, strict=True))
-        if (saving := _saving(c, cost)) > 0 and math.isfinite(error)
+        Option(c.layer, saving, penalty, index)
+        for index, (c, penalty) in enumerate(zip(candidates, added.tolist(), strict=True))
+        if (saving := _saving(c, cost)) > 0 and math.isfinite(penalty)
     ]
     # In fractions, so that 0.29 of 100 is 29 and the smallest budget named is in reach.
     allowed = math.floor(Fraction(str(float(budget))) * total)
@@ -50,18 +50,14 @@ def choose(
         smallest = math.ceil(Fraction(total - error.most, total) * 10**4) / 10**4
         raise UsageError(
             f"a budget of {budget:g} is out of reach: the smallest reachable is {smallest:g}",
-            "score lower keeps, more --methods, or let the first and last layer in with"
-            " --include-ends",
+            f"score lower {option('keeps')} or more {option('methods')}, or let the first and the"
+            f" last layer in with {option('include_ends', True)}",
         ) from error
     return [candidates[option.index] for option in chosen]
 
 
 def _saving(candidate: Candidate, cost: Cost) -> int:
-    if cost == "params":
-        return candidate.params_before - candidate.params_after
-    if candidate.macs_before is None or candidate.macs_after is None:
-        raise UsageError(
-            "MACs are unknown without the shape of the input",
-            "give it with --input-shape, such as 3,224,224",
-        )
-    return candidate.macs_before - candidate.macs_after
+    found = candidate.costs.get(cost.name)
+    if found is None:
+        raise unknown_cost(cost)
+    return found.saving

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from tdkit import decompositions
+from tdkit import builtin
 from tdkit.decompositions.cp import Cp
 
 SVD = ("--methods", "svd", "--keeps", "0.5,0.25")
@@ -61,7 +61,7 @@ def test_feature_metrics_take_data(tdkit, toy, tmp_path) -> None:
 
 def test_the_same_seed_gives_the_same_scores(tdkit, toy, monkeypatch) -> None:
     # Of the built-in methods, as they come, none draws random numbers.
-    monkeypatch.setattr(decompositions, "_cp", lambda: Cp(start="uniform"))
+    monkeypatch.setattr(builtin, "_cp", lambda: Cp(start="uniform"))
 
     def scores(name: str, seed: str) -> object:
         options = ("--methods", "cp", "--keeps", "0.5", "--seed", seed, "-o", name, "--json")

@@ -1,0 +1,76 @@
+"""Settings of methods: what a constructor takes, given by name and checked before it is called."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from tdkit.decompositions.base import Decomposition
+from tdkit.errors import UsageError, first_line
+from tdkit.hookspecs import DecompositionRecord
+
+Setting = bool | int | float | str
+"""The values that a setting may have."""
+
+
+def settings_of(method: Decomposition) -> dict[str, Setting]:
+    """What a method was created with, as far as it is plain: its defaults count as well."""
+    return {
+        key: value
+        for key, value in vars(method).items()
+        if not key.startswith("_") and isinstance(value, bool | int | float | str)
+    }
+
+
+def create(record: DecompositionRecord, settings: Mapping[str, Setting]) -> Decomposition:
+    """A method with some of its settings other than by default.
+
+    Args:
+        record: The method.
+        settings: By the name of a keyword of its constructor.
+
+    Raises:
+        UsageError: If the constructor has no such keyword, or refuses a value; the message names
+            those that there are.
+    """
+    method = record.create()
+    if not settings:
+        return method
+    known = _keywords(type(method))
+    for key, value in settings.items():
+        if key not in known:
+            there = f"it has {', '.join(known)}" if known else "it has none"
+            raise UsageError(f"{record.name} has no setting {key!r}", there)
+        _check(record.name, key, value, known[key].default)
+    try:
+        return record.create(**settings)
+    except TypeError as error:
+        raise UsageError(
+            f"{record.name} does not take the settings {_listed(settings)}: {first_line(error)}"
+        ) from error
+
+
+def _keywords(cls: type[Decomposition]) -> dict[str, inspect.Parameter]:
+    if cls.__init__ is object.__init__:
+        return {}
+    parameters = list(inspect.signature(cls).parameters.values())
+    return {p.name: p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+
+
+def _check(method: str, key: str, value: object, default: Any) -> None:
+    """A value must be of the kind of the default, a whole number serving as a float."""
+    kind = type(default)
+    if kind not in (bool, int, float, str) or type(value) is kind:
+        return
+    if kind is float and type(value) is int:
+        return
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    raise UsageError(
+        f"the setting {key} of {method} is {words[kind]}, not {value!r}",
+        f"its default is {default}",
+    )
+
+
+def _listed(settings: Mapping[str, Setting]) -> str:
+    return ", ".join(f"{key} = {value!r}" for key, value in settings.items())
