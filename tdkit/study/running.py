@@ -28,7 +28,7 @@ import torch
 
 from tdkit.errors import TdkitError, UsageError
 from tdkit.study import measuring
-from tdkit.study.records import Baseline, Measurement, Results, Trial, alike
+from tdkit.study.records import Baseline, Measurement, Results, Trial, outcome_key
 from tdkit.study.trials import differences, effort, identity, units
 
 if TYPE_CHECKING:
@@ -331,7 +331,7 @@ def _parts(unit: Unit) -> list[Unit]:
     """The smallest units that a unit is made of."""
     sets: dict[Trial, list[Trial]] = {}
     for trial in unit:
-        sets.setdefault(alike(trial), []).append(trial)
+        sets.setdefault(outcome_key(trial), []).append(trial)
     return [tuple(trials) for trials in sets.values()]
 
 

@@ -35,28 +35,28 @@ _ADVICE = (
 _MOST = 50
 
 
-def refuse_strangers(source: object, strangers: Mapping[str, str]) -> NoReturn:
+def refuse_unlisted(source: object, unlisted: Mapping[str, str]) -> NoReturn:
     """Refuse a file for the names it uses.
 
     Args:
         source: The file.
-        strangers: Dotted names, each with its module.
+        unlisted: Dotted names, each with its module.
 
     Raises:
         UnsafeFileError: Always.
     """
     advice = next(
-        (advice for part, advice in _ADVICE if any(part in path for path in strangers)), None
+        (advice for part, advice in _ADVICE if any(part in path for path in unlisted)), None
     )
-    dangerous = [path for path, module in strangers.items() if _is_dangerous(path, module)]
+    dangerous = [path for path, module in unlisted.items() if _is_dangerous(path, module)]
     if dangerous:
         raise UnsafeFileError(
             f"{source} uses {listed(dangerous)}: reading it could run code, so tdkit does not",
             advice or "do not trust it; ask its author for a state_dict or a safetensors file",
         )
     raise UnsafeFileError(
-        f"{source} uses {listed(strangers)}: not on tdkit's list of classes that a file may hold",
-        advice or _how_to_allow(strangers),
+        f"{source} uses {listed(unlisted)}: not on tdkit's list of classes that a file may hold",
+        advice or _how_to_allow(unlisted),
     )
 
 
@@ -64,11 +64,11 @@ def _is_dangerous(path: str, module: str) -> bool:
     return module.partition(".")[0] in _DANGEROUS and path not in _HARMLESS
 
 
-def _how_to_allow(strangers: Mapping[str, str]) -> str:
+def _how_to_allow(unlisted: Mapping[str, str]) -> str:
     alone = "save the state_dict alone, and name its class with --arch package.module:Class"
     classes = [
         f"--allow-class {shown(module)}:{shown(path[len(module) + 1 :])}"
-        for path, module in strangers.items()
+        for path, module in unlisted.items()
         if path[len(module) + 1 :].lstrip("_")[:1].isupper()
     ]
     if not classes:
