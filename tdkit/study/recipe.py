@@ -1,4 +1,4 @@
-"""What ``tdkit validate`` reads: a study as a TOML file."""
+"""A study as a TOML file: which model and data, what to measure, and how."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from tdkit.errors import TdkitError, UsageError
+from tdkit.errors import TdkitError, UsageError, option
 from tdkit.recipes import parse_recipe
 from tdkit.training.loop import NEAR_ZERO_SHARE, last_learning_rate
 from tdkit.training.recipe import FitRecipe, OptimizerRecipe, TrainRecipe
@@ -60,7 +60,9 @@ class FinetuneSettings:
             )
         if self.autocast not in get_args(Autocast):
             names = " or ".join(get_args(Autocast))
-            raise UsageError(f"unknown precision {self.autocast!r}", f"--autocast is {names}")
+            raise UsageError(
+                f"unknown precision {self.autocast!r}", f"{option('autocast')} is {names}"
+            )
 
 
 def finetune_recipe(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NoReturn
 
 from tdkit.checkpoint.text import listed, shown
-from tdkit.errors import UnsafeFileError
+from tdkit.errors import UnsafeFileError, option
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -65,13 +65,19 @@ def _is_dangerous(path: str, module: str) -> bool:
 
 
 def _how_to_allow(unlisted: Mapping[str, str]) -> str:
-    alone = "save the state_dict alone, and name its class with --arch package.module:Class"
+    own = option("arch", "package.module:Class")
+    alone = f"save the state_dict alone, and name its class with {own}"
     classes = [
-        f"--allow-class {shown(module)}:{shown(path[len(module) + 1 :])}"
+        f"{_module(module)}:{shown(path[len(module) + 1 :])}"
         for path, module in unlisted.items()
         if path[len(module) + 1 :].lstrip("_")[:1].isupper()
     ]
     if not classes:
         return alone
-    options = " ".join(classes[:_MOST]).replace(" __main__:", " YOUR_MODULE:")
-    return f"if the file and this code are yours: {options}; or {alone}"
+    allowing = option("allow_classes", classes[:_MOST])
+    return f"if the file and this code are yours: {allowing}; or {alone}"
+
+
+def _module(name: str) -> str:
+    """A module's name; that of the script itself only its author knows."""
+    return "YOUR_MODULE" if name == "__main__" else shown(name)
