@@ -61,6 +61,9 @@ class NamedStudy:
         data_root: Folder to look for data sets in first.
         adaptation: What of the recipe may be adapted; see :func:`make_workspace`.
         folder: Where relative paths start.
+
+    Raises:
+        UsageError: If the data are something else than a name.
     """
 
     recipe: StudyRecipe
@@ -69,6 +72,11 @@ class NamedStudy:
     data_root: Path | None = None
     adaptation: Adaptation = Adaptation()
     folder: Path = field(default_factory=Path.cwd)
+
+    def __post_init__(self) -> None:
+        from tdkit.study.recipe import require_name_of_data
+
+        require_name_of_data(self.data)
 
     def __call__(self) -> Workspace:
         """Open the study.

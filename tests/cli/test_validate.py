@@ -274,7 +274,7 @@ def test_a_bare_name_is_bundled_or_in_the_folder_recipes(tdkit, recipe, tmp_path
 def test_stopped_and_gone_on_with(tdkit, recipe, tmp_path, monkeypatch) -> None:
     from tdkit.study import running
 
-    real = running.units.measure
+    real = running.measuring.measure
     calls: list[object] = []
 
     def stopping(workspace, chunk):
@@ -313,7 +313,7 @@ def test_failed_candidates_are_told_and_tried_again_when_asked(
 ) -> None:
     from tdkit.study import running
 
-    real = running.units.measure
+    real = running.measuring.measure
 
     def failing(workspace, chunk):
         return [
