@@ -21,7 +21,7 @@ from tdkit.forward.copying import require_module
 from tdkit.forward.inputs import random_inputs
 from tdkit.opening import Source
 from tdkit.registry import load_registry, lookup
-from tdkit.study.opening import NamedStudy, ObjectStudy, Suit
+from tdkit.study.opening import Adaptation, NamedStudy, ObjectStudy
 
 if TYPE_CHECKING:
     from tdkit.study.recipe import StudyRecipe
@@ -242,10 +242,10 @@ def validate(
         runs=runs,
     )
     own = recipe is None
-    suit = Suit(splits=own, batches=own, methods=own and methods is None)
+    adaptation = Adaptation(splits=own, batches=own, methods=own and methods is None)
     shape = None if input_shape is None else ",".join(map(str, arguments.shape(input_shape)))
     source = Source(name, arch=arch, input_shape=shape, device=device)
-    named = NamedStudy(wanted, shown, source, suit=suit)
+    named = NamedStudy(wanted, shown, source, adaptation=adaptation)
     objects = isinstance(model, nn.Module) or isinstance(data, Dataset)
     study = ObjectStudy.of(named, model, data) if objects else named
     workspace = study()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol
@@ -56,8 +56,13 @@ class StorageError(TdkitError):
 
 def unknown_name(wanted: str, known: Sequence[str], what: str) -> UsageError:
     """The error for a name that is not there, with the close ones."""
-    close = difflib.get_close_matches(wanted, known, n=3, cutoff=0.4) or list(known)[:8]
+    close = close_names(wanted, known) or list(known)[:8]
     return UsageError(f"no {what} named {wanted!r}", f"close names: {', '.join(close)}")
+
+
+def close_names(wanted: str, known: Iterable[str]) -> list[str]:
+    """The known names that somebody may have meant, the closest first; three at most."""
+    return difflib.get_close_matches(wanted, list(known), n=3, cutoff=0.5)
 
 
 def first_line(error: BaseException) -> str:
@@ -99,6 +104,11 @@ def spelled(spelling: Spelling) -> Iterator[None]:
         yield
     finally:
         _SPELLING.reset(before)
+
+
+def spelling() -> Spelling:
+    """The one in force, to hand on to other processes and threads, which begin in Python's."""
+    return _SPELLING.get()
 
 
 def option(key: str, value: object = None) -> str:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from tdkit.errors import StorageError
+from tdkit.errors import StorageError, option
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -159,7 +159,7 @@ def _take_name(temporary: Path, path: Path, force: bool) -> None:
 
 
 def _refuse_existing(path: Path) -> NoReturn:
-    raise StorageError(f"{path} exists", "--force replaces it; or choose another output path")
+    raise StorageError(f"{path} exists", f"{option('force', True)} replaces it; or {_ELSEWHERE}")
 
 
 def _storage_error(error: OSError, path: Path) -> StorageError:

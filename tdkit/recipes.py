@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import sys
 import types
@@ -10,7 +9,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from tdkit.errors import UnreadableFileError, UsageError, unknown_name
+from tdkit.errors import UnreadableFileError, UsageError, close_names, unknown_name
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -137,7 +136,7 @@ def _wanted(wanted: Any) -> str:
 
 
 def _suggestion(name: object, known: Any) -> str:
-    close = difflib.get_close_matches(str(name), [str(item) for item in known])
+    close = close_names(str(name), [str(item) for item in known])
     if close:
         return "Did you mean " + " or ".join(close) + "?"
     return "Possible: " + ", ".join(map(str, known)) + "."

@@ -1,8 +1,7 @@
-"""Turn what a user names into a model: a file, a registered name, a state dict with its --arch."""
+"""Turn what a user names into a model: a file, a registered name, a state dict with its class."""
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import http.client
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +29,14 @@ from tdkit.checkpoint.states import (
     match,
 )
 from tdkit.checkpoint.text import listed, shown
-from tdkit.errors import TdkitError, UnreadableFileError, UsageError
+from tdkit.errors import (
+    TdkitError,
+    UnreadableFileError,
+    UsageError,
+    close_names,
+    command,
+    option,
+)
 
 if TYPE_CHECKING:
     from tdkit.hookspecs import ModelRecord
@@ -39,7 +45,6 @@ if TYPE_CHECKING:
 Format = Literal["module", "state-dict", "safetensors", "registered"]
 
 _SUFFIXES = frozenset({".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".pt2", ".onnx", ".tar"})
-_NO_NETWORK = "--weights none uses random weights; or pass a file with the weights"
 
 
 @dataclass(frozen=True)
@@ -114,17 +119,18 @@ def load_model(
     if _is_file(path) or (name is None and _looks_like_path(str(source), path)):
         if weights is not None:
             raise UsageError(
-                f"--weights {shown(weights)} belongs to a registered model, but {path} is a file",
-                "leave --weights out",
+                f"{option('weights', shown(weights))} belongs to a registered model, but {path} "
+                "is a file",
+                f"leave {option('weights')} out",
             )
         return _load_file(path, models, arch, allow_classes, unsafe)
     if name is None:
         raise _unknown_name("model", str(source), models)
     if arch is not None:
         raise UsageError(
-            f"--arch {shown(arch)} belongs to a file with a state_dict, but {name} is a registered "
-            "model",
-            "leave --arch out",
+            f"{option('arch', shown(arch))} belongs to a file with a state_dict, but {name} is a "
+            "registered model",
+            f"leave {option('arch')} out",
         )
     return _load_registered(str(source), models[name], weights)
 
@@ -253,7 +259,10 @@ def _whole_model(
         model = model.get_submodule("module")
         notes = (*notes, "unwrapped DataParallel")
     if arch is not None:
-        notes = (*notes, f"--arch {shown(arch)} was not needed: the file holds a whole model")
+        notes = (
+            *notes,
+            f"{option('arch', shown(arch))} was not needed: the file holds a whole model",
+        )
     return LoadedModel(
         model=model,
         source=str(path),
@@ -307,11 +316,11 @@ def _stored_arch(
     if ":" in stored:
         raise UsageError(
             f"{path} was made from {shown(stored)}, which tdkit does not import on a file's word",
-            f"if that is your code: --arch {shown(stored)}",
+            f"if that is your code: {option('arch', shown(stored))}",
         )
     raise UsageError(
         f"{path} was made from {shown(stored)}, which is not a registered model here",
-        "install the plugin that provides it, or pass --arch package.module:callable",
+        f"install the plugin that provides it, or give {option('arch', 'package.module:callable')}",
     )
 
 
@@ -327,7 +336,8 @@ def _fitted(
         raise type(error)(f"{path}: {error}", error.hint) from error
     except (Exception, SystemExit) as error:
         raise UsageError(
-            f"--arch {chosen.name}: calling it failed: {type(error).__name__}: {shown(error, 200)}",
+            f"{option('arch', chosen.name)}: calling it failed: {type(error).__name__}: "
+            f"{shown(error, 200)}",
             "it must return the model and work without arguments",
         ) from error
     if isinstance(found, Misfit):
@@ -356,10 +366,11 @@ def _arch(name: str, models: Mapping[str, ModelRecord]) -> _Arch:
         return _Arch(registered, record.create, record.input_shape)
     if ":" not in name:
         raise _unknown_name("architecture", name, models)
-    create = import_named(name, "--arch")
+    create = import_named(name, "arch")
     if not callable(create):
         raise UsageError(
-            f"--arch {name} names a value of type {type(create).__name__}, not a function or class",
+            f"{option('arch', name)} names a value of type {type(create).__name__}, not a function "
+            "or class",
             "name what returns the model when it is called",
         )
 
@@ -367,7 +378,7 @@ def _arch(name: str, models: Mapping[str, ModelRecord]) -> _Arch:
         model = create(**options)
         if not isinstance(model, nn.Module):
             raise UsageError(
-                f"--arch {name} returned a {type(model).__name__}, not a torch.nn.Module",
+                f"{option('arch', name)} returned a {type(model).__name__}, not a torch.nn.Module",
                 "name what returns the model when it is called",
             )
         return model
@@ -387,7 +398,7 @@ def _load_registered(source: str, record: ModelRecord, weights: str | None) -> L
         found = fit(lambda **options: _created(record, **options), {}, {}, state)
         if isinstance(found, Misfit):
             raise UnreadableFileError(
-                f"the weights {chosen} do not fit {record.name}: {found.describe()}", _NO_NETWORK
+                f"the weights {chosen} do not fit {record.name}: {found.describe()}", _no_network()
             )
         model, options = fill(found, record.create, {}), found.options
         note = f"{record.name} has the weights {chosen}"
@@ -414,7 +425,7 @@ def _created(record: ModelRecord, **options: int) -> nn.Module:
         raise UsageError(
             f"the registered model {record.name} cannot be made: {type(error).__name__}: "
             f"{shown(error, 200)}",
-            "tell the author of the plugin; tdkit plugins names it",
+            f"tell the author of the plugin; {command('plugins')} names it",
         ) from error
 
 
@@ -439,12 +450,16 @@ def _fetch(record: ModelRecord, chosen: str) -> Mapping[str, Tensor]:
         raise UnreadableFileError(
             f"the weights {chosen} of {record.name} cannot be fetched: there is no network, or "
             f"its server does not answer ({shown(error) or type(error).__name__})",
-            _NO_NETWORK,
+            _no_network(),
         ) from error
     except (RuntimeError, ValueError, EOFError) as error:
         raise UnreadableFileError(
-            f"the weights {chosen} of {record.name} are damaged: {shown(error, 200)}", _NO_NETWORK
+            f"the weights {chosen} of {record.name} are damaged: {shown(error, 200)}", _no_network()
         ) from error
+
+
+def _no_network() -> str:
+    return f"{option('weights', 'none')} uses random weights; or give a file with the weights"
 
 
 def _does_not_fit(path: Path, name: str, misfit: Misfit) -> UnreadableFileError:
@@ -455,11 +470,13 @@ def _does_not_fit(path: Path, name: str, misfit: Misfit) -> UnreadableFileError:
 
 
 def _unknown_name(what: str, name: str, models: Mapping[str, ModelRecord]) -> UsageError:
-    close = difflib.get_close_matches(_canonical(name), models, n=3)
+    close = close_names(_canonical(name), models)
     return UsageError(
         f"{shown(name)!r} is not a registered {what}"
         + (", and there is no such file" if what == "model" else ""),
-        f"did you mean {' or '.join(close)}?" if close else "tdkit plugins lists the models",
+        f"did you mean {' or '.join(close)}?"
+        if close
+        else f"{command('plugins')} lists the models",
     )
 
 

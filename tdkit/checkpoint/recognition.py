@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from tdkit.checkpoint.states import Fit, Structure, fit
 from tdkit.checkpoint.text import listed
-from tdkit.errors import UsageError
+from tdkit.errors import UsageError, option
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -99,5 +99,6 @@ def _fits(
 def _unclear(path: Path, reason: str) -> UsageError:
     return UsageError(
         f"{path} is a state_dict that {reason}",
-        "name its architecture with --arch NAME or --arch package.module:callable",
+        f"name its architecture: {option('arch', 'NAME')} or "
+        f"{option('arch', 'package.module:callable')}",
     )

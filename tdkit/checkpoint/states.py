@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from tdkit.checkpoint.text import listed, shown
-from tdkit.errors import UnreadableFileError
+from tdkit.errors import UnreadableFileError, option
 from tdkit.layers.spec import LayerSpec
 
 State = Mapping[str, Tensor]
@@ -223,7 +223,7 @@ def expected_shapes(model: nn.Module, structure: Structure) -> dict[str, Shape]:
         if not replaced:
             raise UnreadableFileError(
                 f"the file replaces a layer {shown(name)} that the architecture does not have",
-                "name the architecture that it was made from with --arch",
+                f"name the architecture that it was made from with {option('arch')}",
             )
         for key in replaced:
             del shapes[key]
@@ -394,7 +394,7 @@ def _assigned(model: nn.Module, state: State) -> nn.Module:
         model.load_state_dict(state, strict=True, assign=True)
     except Exception as error:
         raise UnreadableFileError(
-            f"torch refuses the weights: {shown(error, 200)}", "check --arch"
+            f"torch refuses the weights: {shown(error, 200)}", f"check {option('arch')}"
         ) from error
     for names in ties:
         _tie(model, names)
@@ -419,7 +419,7 @@ def _tie(model: nn.Module, names: list[str]) -> None:
             raise UnreadableFileError(
                 f"the architecture shares {shown(names[0])} and {shown(name)}, but the file holds "
                 "two different weights",
-                "check --arch",
+                f"check {option('arch')}",
             )
         module, _, attribute = name.rpartition(".")
         model.get_submodule(module)._parameters[attribute] = first

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tdkit.checkpoint.description import KEY, Description
 from tdkit.checkpoint.safe.archive import EXTRA
 from tdkit.checkpoint.text import shown
-from tdkit.errors import TdkitError, UnsupportedError, UsageError
+from tdkit.errors import TdkitError, UnsupportedError, UsageError, option
 from tdkit.files import atomic_write, os_error
 from tdkit.layers.spec import LayerSpec, spec_of
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tdkit.checkpoint.reading import LoadedModel
 
 FORMATS = ("module", "state-dict", "safetensors", "onnx", "pt2")
-"""What ``--format`` takes."""
+"""What ``format`` may be."""
 
 _BY_SUFFIX: Mapping[str, str] = {".safetensors": "safetensors", ".onnx": "onnx", ".pt2": "pt2"}
 _EXAMPLES = 2
@@ -130,9 +130,9 @@ def _write_error(error: Exception, format: str) -> Exception:
     reason = shown(" ".join(str(error).split()), 200)
     return UnsupportedError(
         f"the model cannot be written as {format}: {type(error).__name__}: {reason}",
-        "--format state-dict writes the weights and the plan"
+        f"{option('format', 'state-dict')} writes the weights and the plan"
         if format == "module"
-        else "--format module writes the whole model",
+        else f"{option('format', 'module')} writes the whole model",
     )
 
 
@@ -142,7 +142,7 @@ def _check_request(format: str, input_shape: tuple[int, ...] | None) -> None:
     if format in ("onnx", "pt2") and input_shape is None:
         raise UsageError(
             f"the format {format} needs the shape of one input",
-            "pass --input-shape, for example --input-shape 3,224,224",
+            f"give it, such as {option('input_shape', (3, 224, 224))}",
         )
     if format == "onnx":
         lacking = [
@@ -271,7 +271,7 @@ def _write_safetensors(model: nn.Module, path: Path, text: str) -> None:
         if not isinstance(value, Tensor):
             raise UnsupportedError(
                 f"{shown(name)} is not a tensor, and safetensors holds only tensors",
-                "--format state-dict",
+                option("format", "state-dict"),
             )
         view = (value.untyped_storage().data_ptr(), value.storage_offset(), value.shape)
         identity = (view, value.stride(), value.dtype) if value.numel() else name

@@ -58,10 +58,10 @@ def finetune(
     from tdkit.cli.display import note, say, stdout
     from tdkit.cli.finish import Destination, save
     from tdkit.cli.fitting import Finetuning
-    from tdkit.training.settings import Wishes
+    from tdkit.training.settings import FinetuneSettings
 
     start = time.perf_counter()
-    wishes = Wishes(epochs, learning_rate, batch_size, optimizer, patience, autocast)  # type: ignore[arg-type]
+    wishes = FinetuneSettings(epochs, learning_rate, batch_size, optimizer, patience, autocast)  # type: ignore[arg-type]
     classes = allow_class or ()
     source = Source(model, arch, weights, classes, unsafe_load, input_shape, device, seed)
     opened, dataset = open_with_data(source, open_registry(), data, data_root)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tdkit.datasets.base import Dataset
     from tdkit.training.loop import Epoch, TrainingResult, TrainingState
     from tdkit.training.recipe import FitRecipe
-    from tdkit.training.settings import Wishes
+    from tdkit.training.settings import FinetuneSettings
 from tdkit.training.resume import Resume
 
 PATIENCE = 5
@@ -197,7 +197,7 @@ class Finetuning:
         cls,
         opened: Opened,
         dataset: Dataset | None,
-        wishes: Wishes,
+        wishes: FinetuneSettings,
         seed: int,
         resume: Path | None,
         inputs: Sequence[str | Path],
@@ -297,12 +297,12 @@ def _tell_frozen(model: nn.Module) -> None:
 
 def asked_for(
     epochs: int | None, learning_rate: float | None, resume: Path | None
-) -> Wishes | None:
+) -> FinetuneSettings | None:
     """What the options of ``compress`` and ``apply`` say about a fine-tuning; None for no such."""
-    from tdkit.training.settings import Wishes
+    from tdkit.training.settings import FinetuneSettings
 
     if epochs is not None:
-        return Wishes(epochs, learning_rate, patience=PATIENCE)
+        return FinetuneSettings(epochs, learning_rate, patience=PATIENCE)
     for option, value in (("--learning-rate", learning_rate), ("--resume", resume)):
         if value is not None:
             raise UsageError(

@@ -13,11 +13,13 @@ class ShellSpelling:
     """As a command line is typed."""
 
     def option(self, key: str, value: object) -> str:
-        """``--key value``; a list is separated by commas, and a switch has no value."""
+        """``--key value``; a list has commas or repeats the option, and a switch has no value."""
         name = _OPTIONS.get(key, f"--{key.replace('_', '-')}")
         if value is None or value is True:
             return name
         parts = value if isinstance(value, list | tuple) else [value]
+        if key in _OPTIONS:
+            return " ".join(f"{name} {part}" for part in parts)
         return f"{name} {','.join(map(str, parts))}"
 
     def command(self, name: str) -> str:

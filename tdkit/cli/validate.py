@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tdkit.opening import Source
-    from tdkit.study.opening import Suit
+    from tdkit.study.opening import Adaptation
     from tdkit.study.recipe import StudyRecipe
     from tdkit.study.records import Results
     from tdkit.study.report.conclusions import Analysis
@@ -121,16 +121,16 @@ def validate(
         input_shape,
         device,
     )
-    suit = replace(
-        study.suit,
-        batches=study.suit.batches and batch_size is None,
-        methods=study.suit.methods and methods is None,
+    adaptation = replace(
+        study.adaptation,
+        batches=study.adaptation.batches and batch_size is None,
+        methods=study.adaptation.methods and methods is None,
     )
     wanted = _batched(replace(wanted, finetune=None) if no_finetune else wanted, batch_size)
     settings = _Settings(
         recipe=wanted,
         source=source,
-        suit=suit,
+        adaptation=adaptation,
         data_root=data_root,
         folder=run or study.folder,
         fresh=fresh,
@@ -147,14 +147,14 @@ class _Study:
 
     recipe: StudyRecipe
     folder: Path
-    suit: Suit
+    adaptation: Adaptation
 
 
 @dataclass(frozen=True)
 class _Settings:
     recipe: StudyRecipe
     source: Source
-    suit: Suit
+    adaptation: Adaptation
     data_root: Path | None
     folder: Path
     fresh: bool
@@ -165,7 +165,7 @@ class _Settings:
 def _study(text: str | None, model: str | None, data: str | None) -> _Study:
     """The recipe, quick by default; with a model of the user's a study of that."""
     from tdkit.recipes import find_recipe, load_recipe
-    from tdkit.study.opening import Suit
+    from tdkit.study.opening import Adaptation
     from tdkit.study.recipe import StudyRecipe, bundled_recipe, own_study
 
     runs = Path("runs")
@@ -173,7 +173,7 @@ def _study(text: str | None, model: str | None, data: str | None) -> _Study:
         path = find_recipe(text)
         recipe = load_recipe(path, StudyRecipe)
         if model is None and data is None:
-            return _Study(recipe, runs / path.stem, Suit())
+            return _Study(recipe, runs / path.stem, Adaptation())
         # Where numbers come from, and the paper's values, are about what the recipe names.
         recipe = replace(recipe, data=data or recipe.data, notes=(), published=())
         if model is not None:
@@ -181,7 +181,7 @@ def _study(text: str | None, model: str | None, data: str | None) -> _Study:
         name = Path(recipe.model).stem
         title = f"{name} on {recipe.data}, by the recipe {path.stem}"
         folder = runs / f"{path.stem}-{name}-{recipe.data.partition(':')[0]}"
-        return _Study(replace(recipe, title=title), folder, Suit())
+        return _Study(replace(recipe, title=title), folder, Adaptation())
     recipe = bundled_recipe()
     if model is not None:
         if data is None:
@@ -191,13 +191,13 @@ def _study(text: str | None, model: str | None, data: str | None) -> _Study:
             )
         name = Path(model).stem
         own = own_study(recipe, model, data, f"{name} on {data}")
-        return _Study(own, runs / name, Suit(splits=True, batches=True, methods=True))
+        return _Study(own, runs / name, Adaptation(splits=True, batches=True, methods=True))
     if data is not None:
         title = f"{recipe.model} on {data}"
         recipe = replace(recipe, data=data, title=title)
         folder = runs / f"quick-{data.partition(':')[0]}"
-        return _Study(recipe, folder, Suit(splits=True, batches=True))
-    return _Study(recipe, runs / "quick", Suit())
+        return _Study(recipe, folder, Adaptation(splits=True, batches=True))
+    return _Study(recipe, runs / "quick", Adaptation())
 
 
 def _batched(recipe: StudyRecipe, batch_size: int | None) -> StudyRecipe:
@@ -230,7 +230,7 @@ def _run(settings: _Settings, pool: Pool | None) -> tuple[Results, Workspace]:
     from tdkit.study.trials import identity, plan_trials
 
     s = settings
-    study = NamedStudy(s.recipe, s.recipe.data, s.source, s.data_root, s.suit)
+    study = NamedStudy(s.recipe, s.recipe.data, s.source, s.data_root, s.adaptation)
     with waiting("opening the model and the data"), _told_how_to_make(s.recipe.model, s.named):
         workspace, loaded = study.open(open_registry())
         asked, plan = identity(workspace), plan_trials(workspace)

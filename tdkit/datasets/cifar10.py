@@ -11,7 +11,7 @@ from torchvision.datasets import CIFAR10
 
 from tdkit.datasets.base import in_memory_dataset
 from tdkit.datasets.locate import VARIABLE, cache_folder, search
-from tdkit.errors import UnreadableFileError
+from tdkit.errors import UnreadableFileError, option
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,7 +33,7 @@ def create(
     """Load the data set, downloading it when no folder has it.
 
     Args:
-        root: The folder of ``--data-root``, or None; see :func:`tdkit.datasets.locate.search`.
+        root: The folder of ``data_root``, or None; see :func:`tdkit.datasets.locate.search`.
         path: Not used.
         image_size: Not used: the images keep their 32×32 pixels.
         seed: Of the validation split.
@@ -72,6 +72,6 @@ def _download(reader: type[CIFAR10]) -> Path:
         raise UnreadableFileError(
             f"cifar10 was not found, and downloading it failed: {error}",
             f"Put {reader.base_folder}, unpacked from {reader.url}, in a folder and name that "
-            f"folder with --data-root or ${VARIABLE}.",
+            f"folder with {option('data_root')} or ${VARIABLE}.",
         ) from error
     return folder

@@ -15,7 +15,7 @@ import torch
 
 from tdkit.datasets.base import in_memory_dataset
 from tdkit.datasets.locate import VARIABLE, cache_folder, search
-from tdkit.errors import UnreadableFileError
+from tdkit.errors import UnreadableFileError, option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +51,7 @@ def create(
     """Load the data set, downloading it when no folder has it.
 
     Args:
-        root: The folder of ``--data-root``, or None; see :func:`tdkit.datasets.locate.search`.
+        root: The folder of ``data_root``, or None; see :func:`tdkit.datasets.locate.search`.
         path: Not used.
         image_size: Not used: the images keep their 28×28 pixels.
         seed: Of the validation split.
@@ -128,6 +128,6 @@ def _download() -> Path:
         raise UnreadableFileError(
             f"fashion-mnist was not found, and downloading it failed: {error}",
             "Install Debian's package dataset-fashion-mnist, or put the four .gz files in a "
-            f"folder and name it with --data-root or ${VARIABLE}.",
+            f"folder and name it with {option('data_root')} or ${VARIABLE}.",
         ) from error
     return folder / "FashionMNIST" / "raw"

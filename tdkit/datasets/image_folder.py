@@ -22,7 +22,7 @@ from tdkit.datasets.base import (
     stratified_split,
     validation_size,
 )
-from tdkit.errors import UnreadableFileError, UsageError
+from tdkit.errors import UnreadableFileError, UsageError, option
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -149,7 +149,9 @@ def create(
             their classes.
     """
     if not path:
-        raise UsageError("image-folder needs a folder", "Write --data image-folder:PATH.")
+        raise UsageError(
+            "image-folder needs a folder", f"Write {option('data', 'image-folder:PATH')}."
+        )
     folder = Path(path)
     if not folder.is_dir():
         raise UnreadableFileError(f"{folder} is not a folder", "Check the path after the colon.")
@@ -177,7 +179,7 @@ def _notes(size: tuple[int, int]) -> tuple[str, ...]:
     height, width = size
     return (
         f"nothing tells the size of the images: they are brought to {height}×{width};"
-        " --input-shape 3,H,W names another",
+        f" {option('input_shape', (3, 'H', 'W'))} names another",
     )
 
 

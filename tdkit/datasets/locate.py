@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tdkit.errors import UnreadableFileError
+from tdkit.errors import UnreadableFileError, option
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -33,7 +33,7 @@ def search(
     Args:
         folders: Sub-folders a data set commonly lies in, such as ``FashionMNIST/raw``.
         marker: Glob pattern of a file or folder that shows the data set is there.
-        root: The folder of ``--data-root``, or None.
+        root: The folder of ``data_root``, or None.
         system: Folders a distribution's package installs to.
 
     Returns:
@@ -51,17 +51,15 @@ def search(
 
 def _bases(root: Path | None, system: Sequence[Path]) -> Iterator[Path]:
     if root is not None:
-        yield _existing(root, "--data-root")
+        yield _existing(root, option("data_root", str(root)), option("data_root"))
     if os.environ.get(VARIABLE):
-        yield _existing(Path(os.environ[VARIABLE]), f"${VARIABLE}")
+        folder = os.environ[VARIABLE]
+        yield _existing(Path(folder), f"${VARIABLE}={folder}", f"${VARIABLE}")
     yield from system
     yield cache_folder()
 
 
-def _existing(folder: Path, origin: str) -> Path:
+def _existing(folder: Path, said: str, origin: str) -> Path:
     if not folder.is_dir():
-        raise UnreadableFileError(
-            f"{origin} names {folder}, which is not a folder",
-            f"Create it, or leave {origin} out.",
-        )
+        raise UnreadableFileError(f"{said} is not a folder", f"Create it, or leave {origin} out.")
     return folder

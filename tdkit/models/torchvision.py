@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from tdkit.errors import UnreadableFileError, UsageError
+from tdkit.errors import UnreadableFileError, UsageError, option
 from tdkit.hookspecs import ModelRecord
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def published_weights(name: str) -> dict[str, Tensor]:
     except (OSError, RuntimeError) as error:
         raise UnreadableFileError(
             f"the published weights of {name} could not be downloaded: {_first_line(error)}",
-            "connect to the network, give a file of weights, or use --weights none",
+            f"connect to the network, give a file of weights, or use {option('weights', 'none')}",
         ) from error
     return dict(model.state_dict())
 

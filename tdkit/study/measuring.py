@@ -24,7 +24,7 @@ from tdkit.planners.candidate import Candidate
 from tdkit.study.finetuning import fine_tuned
 from tdkit.study.layouts import small_maps
 from tdkit.study.recipe import ImagesRecipe
-from tdkit.study.records import Baseline, Measurement, Trial, alike, pack
+from tdkit.study.records import Baseline, Measurement, Trial, outcome_key, pack
 from tdkit.study.replay import dense_predictions, predictions, reason_of, replaced_predictions
 from tdkit.study.workspace import Workspace
 
@@ -74,10 +74,10 @@ def measure(workspace: Workspace, trials: Sequence[Trial]) -> list[Measurement]:
     if len({(trial.layer, trial.stage) for trial in trials}) > 1:
         raise ValueError("the trials of a unit have one layer and one stage")
     # Two keeps may lead to one rank: the same candidate, measured once.
-    distinct = list(dict.fromkeys(map(alike, trials)))
+    distinct = list(dict.fromkeys(map(outcome_key, trials)))
     with small_maps(workspace.model):
         measured = dict(zip(distinct, _measured(workspace, distinct), strict=True))
-    return [replace(measured[alike(trial)], trial=trial) for trial in trials]
+    return [replace(measured[outcome_key(trial)], trial=trial) for trial in trials]
 
 
 # Approximation errors, or why there are none.

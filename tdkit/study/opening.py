@@ -34,8 +34,8 @@ _SMALLEST_BATCH = 8
 
 
 @dataclass(frozen=True)
-class Suit:
-    """What of a general recipe may be changed to suit a model and its data.
+class Adaptation:
+    """What of a general recipe may be adapted to a model and its data.
 
     Attributes:
         splits: Splits that are not there give way to others.
@@ -59,16 +59,24 @@ class NamedStudy:
         data: The data set, ``NAME`` or ``NAME:PATH``.
         source: The model.
         data_root: Folder to look for data sets in first.
-        suit: What of the recipe may be changed; see :func:`make_workspace`.
+        adaptation: What of the recipe may be adapted; see :func:`make_workspace`.
         folder: Where relative paths start.
+
+    Raises:
+        UsageError: If the data are something else than a name.
     """
 
     recipe: StudyRecipe
     data: str
     source: Source
     data_root: Path | None = None
-    suit: Suit = Suit()
+    adaptation: Adaptation = Adaptation()
     folder: Path = field(default_factory=Path.cwd)
+
+    def __post_init__(self) -> None:
+        from tdkit.study.recipe import require_name_of_data
+
+        require_name_of_data(self.data)
 
     def __call__(self) -> Workspace:
         """Open the study.
@@ -89,7 +97,12 @@ class NamedStudy:
         opened, dataset = open_with_data(source, registry, data, root)
         assert dataset is not None
         workspace = make_workspace(
-            self.recipe, opened.model, dataset, registry, shape=opened.shape, suit=self.suit
+            self.recipe,
+            opened.model,
+            dataset,
+            registry,
+            shape=opened.shape,
+            adaptation=self.adaptation,
         )
         return workspace, opened.loaded
 
@@ -109,14 +122,14 @@ class ObjectStudy:
         digest: Tells one pickle from another.
         pickled: The model on its device and the data set.
         shape: The shape of one sample.
-        suit: What of the recipe may be changed; see :func:`make_workspace`.
+        adaptation: What of the recipe may be adapted; see :func:`make_workspace`.
     """
 
     recipe: StudyRecipe
     digest: str
     pickled: bytes = field(compare=False, repr=False)
     shape: tuple[int, ...] | None = None
-    suit: Suit = Suit()
+    adaptation: Adaptation = Adaptation()
 
     @classmethod
     def of(
@@ -150,7 +163,7 @@ class ObjectStudy:
             data = open_dataset(named.data, registry, named.data_root, size, source.seed)
         pickled = _pickled((module, data))
         digest = hashlib.sha256(pickled).hexdigest()
-        return cls(named.recipe, digest, pickled, shape or data.input_shape, named.suit)
+        return cls(named.recipe, digest, pickled, shape or data.input_shape, named.adaptation)
 
     def __call__(self) -> Workspace:
         """Open the study."""
@@ -158,7 +171,12 @@ class ObjectStudy:
 
         model, dataset = pickle.loads(self.pickled)  # what this class has pickled itself
         return make_workspace(
-            self.recipe, model, dataset, load_registry(), shape=self.shape, suit=self.suit
+            self.recipe,
+            model,
+            dataset,
+            load_registry(),
+            shape=self.shape,
+            adaptation=self.adaptation,
         )
 
 
@@ -181,7 +199,7 @@ def make_workspace(
     registry: Registry,
     *,
     shape: Sequence[int] | None = None,
-    suit: Suit = Suit(),
+    adaptation: Adaptation = Adaptation(),
 ) -> Workspace:
     """Look up what a study names, and see that model, data and recipe fit each other.
 
@@ -191,7 +209,7 @@ def make_workspace(
         dataset: The images.
         registry: Everything that can be named.
         shape: The shape of one sample; the data set's when None.
-        suit: What of the recipe may be changed.
+        adaptation: What of the recipe may be adapted.
 
     Raises:
         UsageError: If a name is unknown, or a split or setting is not there.
@@ -212,11 +230,11 @@ def make_workspace(
         model.eval(), inputs=inputs, patterns=recipe.layers, keep_ends=not recipe.layers
     )
     set_layouts(model, inputs or ())
-    if suit.splits:
+    if adaptation.splits:
         recipe = _with_splits(recipe, dataset)
-    if suit.batches:
+    if adaptation.batches:
         recipe = _with_batches(recipe, dataset)
-    if suit.methods:
+    if adaptation.methods:
         recipe = _with_methods(recipe, layers, registry)
     device = next(model.parameters(), torch.empty(0)).device
     if device.type != "cpu":

@@ -1,4 +1,4 @@
-"""What ``tdkit validate`` reads: a study as a TOML file."""
+"""A study as a TOML file: which model and data, what to measure, and how."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
-from tdkit.errors import UsageError
+from tdkit.errors import UsageError, option
 from tdkit.recipes import BUNDLED, load_recipe, require
 from tdkit.training.recipe import FitRecipe
 
@@ -220,8 +220,8 @@ class StudyRecipe:
             self._require_keep("ranks.keep", rank.keep)
             _require_known("ranks.method", rank.method, self.methods)
         _require_unique("ranks", [(rank.layer, rank.method, rank.keep) for rank in self.ranks])
-        for option in self.options:
-            _require_known("options.method", option.method, self.methods)
+        for settings in self.options:
+            _require_known("options.method", settings.method, self.methods)
         _require_unique("options.method", [option.method for option in self.options])
         for value in self.published:
             _require_known("published.metric", value.metric, self.metrics)
@@ -236,6 +236,24 @@ def bundled_recipe(name: str = "quick") -> StudyRecipe:
     return load_recipe(BUNDLED / f"{name}.toml", StudyRecipe)
 
 
+def require_name_of_data(data: object) -> None:
+    """Refuse data that are no name: a data set is handed over as an object, or is named.
+
+    Args:
+        data: What should be ``NAME`` or ``NAME:PATH``.
+
+    Raises:
+        UsageError: If it is anything but text.
+    """
+    if not isinstance(data, str):
+        raise UsageError(
+            f"the data are of type {type(data).__name__}, which is neither a Dataset nor the name "
+            "of one",
+            f"for images in folders give {option('data', 'image-folder:PATH')}; of tensors make "
+            "one with tdkit.datasets.base.in_memory_dataset",
+        )
+
+
 def own_study(base: StudyRecipe, model: str, data: str, title: str) -> StudyRecipe:
     """The study of a model of one's own, with what another recipe says of everything else.
 
@@ -246,7 +264,11 @@ def own_study(base: StudyRecipe, model: str, data: str, title: str) -> StudyReci
         model: A registered name or a model file.
         data: A registered data set, ``NAME`` or ``NAME:PATH``.
         title: What the report is headed with.
+
+    Raises:
+        UsageError: If the data are no name.
     """
+    require_name_of_data(data)
     return replace(
         base,
         title=title,

@@ -144,6 +144,6 @@ def unpack(bits: bytes, images: int) -> NDArray[np.bool_]:
     return np.unpackbits(np.frombuffer(bits, np.uint8), count=images).astype(bool)
 
 
-def alike(trial: Trial) -> Trial:
+def outcome_key(trial: Trial) -> Trial:
     """What a trial's outcome depends on: everything but the keep that led to its rank."""
     return replace(trial, keep=0.0)

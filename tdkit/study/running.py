@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tdkit.errors import TdkitError, UsageError
+from tdkit.errors import Spelling, TdkitError, UsageError, option, spelled, spelling
 from tdkit.study import measuring
-from tdkit.study.records import Baseline, Measurement, Results, Trial, alike
+from tdkit.study.records import Baseline, Measurement, Results, Trial, outcome_key
 from tdkit.study.trials import differences, effort, identity, units
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def run(
     else:
         if open is None:
             raise UsageError("other processes need a way to open the study")
-        job = partial(work, measure, open, json.dumps(identity(workspace)))
+        job = partial(work, measure, open, json.dumps(identity(workspace)), spelling())
         results = _spread(pool, job, chunks, note)
     with closing(results):
         for measurements in results:
@@ -130,7 +130,11 @@ def _inline(
 
 
 def work(
-    measure: Measure, open: Callable[[], Workspace], expected: str, trials: Unit
+    measure: Measure,
+    open: Callable[[], Workspace],
+    expected: str,
+    spelling: Spelling,
+    trials: Unit,
 ) -> list[Measurement]:
     """What a worker does: open the study, unless it is open, and measure a unit.
 
@@ -138,9 +142,13 @@ def work(
         measure: Measures trials.
         open: Opens the study.
         expected: The identity that it must have, as JSON.
+        spelling: How the process that hands out the work speaks to its user.
         trials: One unit, or nothing, to see that a worker can open the study.
+
+    Raises:
+        UsageError: If the study that opens here is another one.
     """
-    with _BUSY:
+    with _BUSY, spelled(spelling):
         workspace = _opened(open, expected)
         return measure(workspace, trials) if trials else []
 
@@ -331,7 +339,7 @@ def _parts(unit: Unit) -> list[Unit]:
     """The smallest units that a unit is made of."""
     sets: dict[Trial, list[Trial]] = {}
     for trial in unit:
-        sets.setdefault(alike(trial), []).append(trial)
+        sets.setdefault(outcome_key(trial), []).append(trial)
     return [tuple(trials) for trials in sets.values()]
 
 
@@ -344,7 +352,7 @@ def _probe(executor: Executor, job: Callable[[Unit], list[Measurement]]) -> None
     if error is not None:
         raise TdkitError(
             f"the worker processes cannot work: {error}",
-            "run it with fewer --workers, or with none; what was measured is safe",
+            f"run it with a smaller {option('workers')}, or without; what was measured is safe",
         ) from error
 
 
@@ -358,7 +366,7 @@ def _error(future: Future[list[Measurement]]) -> BaseException | None:
     except CancelledError as cancelled:
         raise TdkitError(
             "the workers are gone: the executor gave up a task",
-            "what was measured is safe; the same command goes on",
+            "what was measured is safe: started again, it goes on",
         ) from cancelled
     # Dask's KilledWorker: the same task was there when several workers died.
     if error is None or isinstance(error, BrokenExecutor) or type(error).__name__ == "KilledWorker":

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tdkit.decompositions.base import Rank
-from tdkit.errors import StorageError, UnreadableFileError, UsageError
+from tdkit.errors import StorageError, UnreadableFileError, UsageError, command, option
 from tdkit.study.records import Baseline, Measurement, Results, Trial
 from tdkit.study.trials import differences
 
@@ -225,7 +225,8 @@ def read_results(folder: Path) -> Results:
     path = folder / FILE
     if not path.is_file():
         raise UnreadableFileError(
-            f"{folder} holds no run: it has no {FILE}", "make one: tdkit validate --run DIR"
+            f"{folder} holds no run: it has no {FILE}",
+            f"make one with {command('validate')}; {option('run', 'DIR')} says where",
         )
     try:
         return _read(path, folder)
@@ -298,7 +299,7 @@ def _acquire(folder: Path) -> int:
         os.close(lock)
         raise StorageError(
             f"another run writes to {folder}: {holder or 'it does not say which'}",
-            "wait for it or stop it; or name another folder with --run",
+            f"wait for it or stop it; or name another folder with {option('run')}",
         ) from error
     try:
         since = datetime.now().astimezone().isoformat(" ", "seconds")
@@ -326,12 +327,12 @@ def _is_new(connection: sqlite3.Connection, folder: Path) -> bool:
         return True
     if version == 0:
         raise UnreadableFileError(
-            f"{folder / FILE} was not written by tdkit", "name another folder with --run"
+            f"{folder / FILE} was not written by tdkit", f"name another folder with {option('run')}"
         )
     if version != SCHEMA:
         raise UnreadableFileError(
             f"{folder / FILE} has version {version} of the tables; this tdkit reads {SCHEMA}",
-            "use the tdkit that wrote it, or name another folder with --run",
+            f"use the tdkit that wrote it, or name another folder with {option('run')}",
         )
     return False
 
@@ -351,7 +352,8 @@ def _merged(
         lines = "\n".join(f"  {line}" for line in found)
         raise UsageError(
             f"{folder} holds measurements of another study:\n{lines}",
-            "name another folder with --run, or move the old one aside with --fresh",
+            f"name another folder with {option('run')}, or move the old one aside with "
+            f"{option('fresh', True)}",
         )
     # Measurements after fine-tuning may be there even where this recipe asks for none.
     return stored if wanted["recipe"]["finetune"] is None else wanted
@@ -390,7 +392,7 @@ def _results(connection: sqlite3.Connection, folder: Path) -> Results:
 
 def _nothing_yet(folder: Path) -> UnreadableFileError:
     return UnreadableFileError(
-        f"the run in {folder} has measured nothing yet", "start it again: the same command goes on"
+        f"the run in {folder} has measured nothing yet", "start it again: it goes on"
     )
 
 
@@ -458,16 +460,16 @@ def _refused(folder: Path, reason: str) -> StorageError:
     if "full" in reason or "No space" in reason:
         return StorageError(
             f"there is no room left in {folder}; {kept}",
-            "free some space; then the same command goes on",
+            "free some space: started again, it goes on",
         )
     return StorageError(
         f"the run folder {folder} cannot be used: {reason}; {kept}",
-        "make it writable, or name another folder with --run",
+        f"make it writable, or name another folder with {option('run')}",
     )
 
 
 def _damaged(folder: Path, error: sqlite3.Error) -> UnreadableFileError:
     return UnreadableFileError(
         f"{folder / FILE} is damaged or no SQLite file: {error}",
-        "restore it from a copy, or move it aside with --fresh",
+        f"restore it from a copy, or move it aside with {option('fresh', True)}",
     )

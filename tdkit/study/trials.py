@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from tdkit.metrics.base import Metric
     from tdkit.study.recipe import StudyRecipe
     from tdkit.study.workspace import Workspace
-from tdkit.study.records import alike
+from tdkit.study.records import outcome_key
 
 # Trials that share one pass over the images. More save passes of the dense model; fewer are stored
 # sooner, spread more evenly over workers and cost less when they are interrupted.
@@ -99,7 +99,7 @@ def units(workspace: Workspace, trials: Sequence[Trial]) -> list[tuple[Trial, ..
 
     Before fine-tuning, some trials of one layer, which share their passes over the images. After
     it, one trial, since it takes long; run by run, so that whole runs are there early. Trials that
-    differ in nothing but the keep they were asked for are always together: see :func:`alike`.
+    differ in nothing but the keep they were asked for are always together: see :func:`outcome_key`.
 
     Args:
         workspace: The model and the recipe.
@@ -107,7 +107,7 @@ def units(workspace: Workspace, trials: Sequence[Trial]) -> list[tuple[Trial, ..
     """
     sets: dict[Trial, list[Trial]] = {}
     for trial in trials:
-        sets.setdefault(alike(trial), []).append(trial)
+        sets.setdefault(outcome_key(trial), []).append(trial)
     before = [s for s in sets.values() if s[0].stage == "before"]
     after = [s for s in sets.values() if s[0].stage == "after"]
     chunks = [

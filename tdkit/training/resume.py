@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tdkit.errors import UnreadableFileError, UsageError
+from tdkit.errors import UnreadableFileError, UsageError, option
 
 if TYPE_CHECKING:
     from tdkit.training.loop import TrainingState
@@ -43,13 +43,13 @@ class Resume:
         except Exception as error:  # torch raises a different error for every kind of damage
             raise UnreadableFileError(
                 f"{self.path} is not a state that a training of tdkit wrote",
-                "remove it, or leave out --resume",
+                f"remove it, or leave out {option('resume')}",
             ) from error
         for name, text in self.made_by.items():
             if made_by.get(name) != text:
                 raise UsageError(
                     f"{self.path} belongs to another {name}, or to an earlier version of this one",
-                    "remove it, or name another file with --resume",
+                    f"remove it, or name another file with {option('resume')}",
                 )
         result: TrainingState = state
         return result

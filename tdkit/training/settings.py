@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from tdkit.errors import TdkitError, UsageError
+from tdkit.errors import TdkitError, UsageError, option
 from tdkit.recipes import parse_recipe
 from tdkit.training.loop import NEAR_ZERO_SHARE, last_learning_rate
 from tdkit.training.recipe import FitRecipe, OptimizerRecipe, TrainRecipe
@@ -32,7 +32,7 @@ _NEAR_ZERO = 1e-4
 
 
 @dataclass(frozen=True)
-class Wishes:
+class FinetuneSettings:
     """What a user says about a fine-tuning; None leaves it to what is known of the training.
 
     Attributes:
@@ -60,10 +60,14 @@ class Wishes:
             )
         if self.autocast not in get_args(Autocast):
             names = " or ".join(get_args(Autocast))
-            raise UsageError(f"unknown precision {self.autocast!r}", f"--autocast is {names}")
+            raise UsageError(
+                f"unknown precision {self.autocast!r}", f"{option('autocast')} is {names}"
+            )
 
 
-def finetune_recipe(training: Mapping[str, Any] | None, wishes: Wishes) -> tuple[FitRecipe, str]:
+def finetune_recipe(
+    training: Mapping[str, Any] | None, settings: FinetuneSettings
+) -> tuple[FitRecipe, str]:
     """Settle the hyperparameters of a fine-tuning: as the training ended, at a constant rate.
 
     The learning rate is the training's last one, as in section 4.1 of the paper (see
@@ -73,27 +77,27 @@ def finetune_recipe(training: Mapping[str, Any] | None, wishes: Wishes) -> tuple
 
     Args:
         training: What is known about the training of the model.
-        wishes: What the user says.
+        settings: What the user says.
 
     Returns:
         The recipe, and a phrase that says where its learning rate comes from.
 
     Raises:
-        UsageError: A wish is out of range.
+        UsageError: A setting is out of range.
     """
     known = _recipe(training)
-    optimizer, reason = _optimizer(training, known, wishes.optimizer)
-    if wishes.learning_rate is not None:
-        optimizer, reason = replace(optimizer, learning_rate=wishes.learning_rate), "as asked for"
+    optimizer, reason = _optimizer(training, known, settings.optimizer)
+    if settings.learning_rate is not None:
+        optimizer, reason = replace(optimizer, learning_rate=settings.learning_rate), "as asked for"
     size = known.batch_size if known else DEFAULT_BATCH_SIZE
     recipe = FitRecipe(
-        epochs=wishes.epochs,
-        batch_size=size if wishes.batch_size is None else wishes.batch_size,
+        epochs=settings.epochs,
+        batch_size=size if settings.batch_size is None else settings.batch_size,
         optimizer=optimizer,
         label_smoothing=known.label_smoothing if known else 0.0,
-        autocast=wishes.autocast,
+        autocast=settings.autocast,
         channels_last=known.channels_last if known else False,
-        patience=wishes.patience,
+        patience=settings.patience,
     )
     return recipe, reason
 

@@ -183,7 +183,7 @@ def test_a_class_that_a_script_had_in_main(
         torch.save(model, file)
     with pytest.raises(UnsafeFileError, match=r"uses __main__\.MyNet") as caught:
         load_model(file, models={})
-    assert "--allow-class YOUR_MODULE:MyNet" in str(caught.value.hint)
+    assert "allow_classes=['YOUR_MODULE:MyNet']" in str(caught.value.hint)
     loaded = load_model(file, models={}, allow_classes=[f"{own.__name__}:MyNet"])
     assert type(loaded.model) is own.MyNet
 
@@ -589,7 +589,7 @@ def test_no_or_several_architectures(file: Path, models: Models) -> None:
     torch.save({"a": torch.ones(1), "b": torch.ones(1)}, file)
     with pytest.raises(UsageError, match="fits no registered model; it holds a, b") as caught:
         load_model(file, models=models)
-    assert "--arch" in str(caught.value.hint)
+    assert "arch='NAME'" in str(caught.value.hint)
     twins = {"one": models["tiny"], "two": models["tiny"]}
     torch.save(models["tiny"].create().state_dict(), file)
     with pytest.raises(UsageError, match="fits several registered models: one, two"):
@@ -685,7 +685,7 @@ def test_unknown_weights(models: Models) -> None:
 def test_without_a_network(models: Models) -> None:
     with pytest.raises(UnreadableFileError, match="there is no network") as caught:
         load_model("tiny-wide", models=models)
-    assert "--weights none" in str(caught.value.hint)
+    assert "weights='none'" in str(caught.value.hint)
     assert load_model("tiny-wide", models=models, weights="none").model is not None
 
 
@@ -700,7 +700,7 @@ def test_an_unknown_name(models: Models) -> None:
     assert "tiny-wide" in str(caught.value.hint)
     with pytest.raises(UsageError, match="'zzz' is not a registered model") as caught:
         load_model("zzz", models=models)
-    assert caught.value.hint == "tdkit plugins lists the models"
+    assert caught.value.hint == "tdkit.plugins lists the models"
     with pytest.raises(UsageError, match="'' is not a registered model"):
         load_model("", models=models)
 

@@ -187,7 +187,7 @@ def test_a_model_and_a_folder_of_ones_own(tdkit, folder_of_images, tmp_path, mon
 
 def test_large_images_come_in_small_batches_unless_the_user_says_otherwise() -> None:
     from tdkit.registry import load_registry
-    from tdkit.study.opening import Suit, make_workspace
+    from tdkit.study.opening import Adaptation, make_workspace
 
     images = torch.zeros(60, 3, 224, 224, dtype=torch.uint8)
     part = images, torch.arange(60) % 2
@@ -199,8 +199,13 @@ def test_large_images_come_in_small_batches_unless_the_user_says_otherwise() -> 
         torch.nn.Linear(2 * 22 * 22, 2),
     )
     recipe = replace(bundled_recipe(), layers=(), numbers=())
-    for suit, size in ((Suit(), 50), (Suit(batches=True), 2**22 // (3 * 224 * 224))):
-        found = make_workspace(recipe, model, dataset, load_registry(), suit=suit).recipe
+    for adaptation, size in (
+        (Adaptation(), 50),
+        (Adaptation(batches=True), 2**22 // (3 * 224 * 224)),
+    ):
+        found = make_workspace(
+            recipe, model, dataset, load_registry(), adaptation=adaptation
+        ).recipe
         assert (found.evaluation.batch_size, found.features.batch_size) == (size, size)
 
 

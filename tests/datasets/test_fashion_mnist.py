@@ -124,7 +124,7 @@ def test_without_a_network_the_message_says_where_to_put_the_files(tmp_path, mon
     with pytest.raises(UnreadableFileError, match="fashion-mnist was not found, and") as caught:
         create(root=tmp_path)
     assert "dataset-fashion-mnist" in caught.value.hint
-    assert "--data-root" in caught.value.hint
+    assert "data_root=" in caught.value.hint
     # Standard output belongs to the results.
     out, err = capsys.readouterr()
     assert out == ""

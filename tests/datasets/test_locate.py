@@ -44,13 +44,13 @@ def test_without_root_and_variable_the_rest_is_searched(places, monkeypatch):
 
 
 def test_a_root_that_is_no_folder_is_named(places):
-    with pytest.raises(UnreadableFileError, match=r"--data-root names .*gone, which is not a"):
+    with pytest.raises(UnreadableFileError, match=r"data_root=.*gone' is not a folder"):
         search((), "data-*", places["root"] / "gone")
 
 
 def test_a_variable_that_names_no_folder_is_named(places, monkeypatch):
     monkeypatch.setenv("TDKIT_DATA", str(places["root"] / "gone"))
-    with pytest.raises(UnreadableFileError, match=r"\$TDKIT_DATA names .*gone"):
+    with pytest.raises(UnreadableFileError, match=r"\$TDKIT_DATA=.*gone is not a folder"):
         search((), "data-*", None)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tdkit.datasets.base import Dataset, in_memory_dataset
+from tdkit.errors import UsageError, command, option
 from tdkit.registry import load_registry
 from tdkit.study.opening import make_workspace
 from tdkit.study.recipe import ImagesRecipe, MethodRecipe, StudyRecipe
@@ -108,6 +109,11 @@ def fail_once(_workspace: Workspace, trials: Sequence[Trial]) -> list[Measuremen
         marker.touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return pretend(_workspace, trials)
+
+
+def refuse(_workspace: Workspace, trials: Sequence[Trial]) -> list[Measurement]:
+    """Raise an error that speaks of an option and a command."""
+    raise UsageError(f"refused: {option('keeps', [0.5])}", command("inspect"))
 
 
 def sleep(_workspace: Workspace, trials: Sequence[Trial]) -> list[Measurement]:

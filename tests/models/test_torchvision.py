@@ -104,4 +104,4 @@ def test_without_a_network_the_hint_names_random_weights(monkeypatch):
     monkeypatch.setattr(_api, "load_state_dict_from_url", offline)
     with pytest.raises(UnreadableFileError, match="weights of resnet18 could not") as caught:
         published_weights("resnet18")
-    assert "--weights none" in caught.value.hint
+    assert "weights='none'" in caught.value.hint

@@ -20,8 +20,8 @@ from torch.nn import functional
 from tdkit.errors import UnsupportedError, UsageError
 from tdkit.layers.inventory import Layer, replace_layer
 from tdkit.metrics.features import ABSOLUTE, RELATIVE, Watched, feature_errors
-from tdkit.study import replay
-from tdkit.study.replay import dense_predictions, predictions, replaced_predictions
+from tdkit.study.replay import dense_predictions, predictions, replaced_predictions, session
+from tdkit.study.replay.playing import Player
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +76,7 @@ def logits(
 ) -> tuple[Tensor, list[Tensor | str]]:
     """What predictions() takes its classes from."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(replay, "_classes", lambda logits: logits)
+        patch.setattr(session, "classes", lambda logits: logits)
         dense, found = predictions(model, layer, modules, batches)
         again = replaced_predictions(model, layer, modules, batches)
     for one, other in zip(found, again, strict=True):
@@ -424,27 +424,27 @@ class Tied(nn.Module):
 @pytest.fixture
 def _planned_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison with a full pass is never what saves a prediction."""
-    confirmed = replay._Session._confirmed
+    confirmed = session._Session._confirmed
 
     def checked(*args: Any) -> bool:
         assert confirmed(*args), "a replay differs from a full pass"
         return True
 
-    monkeypatch.setattr(replay._Session, "_confirmed", checked)
+    monkeypatch.setattr(session._Session, "_confirmed", checked)
 
 
 @pytest.fixture
 def _no_fallback(_planned_right: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither is it that a replay fails."""
-    replayed = replay._Session._replay
+    replayed = session._Session._replay
 
-    def checked(self: Any, *args: Any) -> Tensor | None:
-        could = self._memory is not None
-        logits = replayed(self, *args)
+    def checked(self: Any, batch: Any, *args: Any) -> Tensor | None:
+        could = batch.memory is not None
+        logits = replayed(self, batch, *args)
         assert logits is not None or not could, "a replay failed"
         return logits
 
-    monkeypatch.setattr(replay._Session, "_replay", checked)
+    monkeypatch.setattr(session._Session, "_replay", checked)
 
 
 def model_of(forward: Callable[..., Any]) -> Model:
@@ -665,13 +665,13 @@ def test_a_chain_with_changes_in_place_keeps_what_its_next_call_needs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     memories = []
-    play = replay._Player.__init__
+    play = Player.__init__
 
     def noted(self: Any, steps: Any, memory: Any, *rest: Any) -> None:
         memories.append(len(memory))
         play(self, steps, memory, *rest)
 
-    monkeypatch.setattr(replay._Player, "__init__", noted)
+    monkeypatch.setattr(Player, "__init__", noted)
     active = CountedReLU()
     model = nn.Sequential(
         *(nn.Linear(4, 4), active), *(nn.Linear(4, 4), active), *(nn.Linear(4, 4), active),

@@ -20,7 +20,8 @@ import pytest
 import tiny_study
 import torch
 
-from tdkit.errors import TdkitError, UsageError
+from tdkit.cli.spelling import ShellSpelling
+from tdkit.errors import TdkitError, UsageError, spelled
 from tdkit.opening import Source
 from tdkit.study.opening import NamedStudy, ObjectStudy
 from tdkit.study.recipe import FinetuneRecipe, RankRecipe, to_toml
@@ -388,6 +389,18 @@ class TestAnyExecutor:
         with pytest.raises(UsageError, match="what went wrong") as caught:
             pretended(tmp_path, workspace, failing, pool=Pool(executors), open=tiny_study.workspace)
         assert caught.value.hint == "what to do"
+
+    def test_a_worker_speaks_to_the_user_of_the_first_process(self, workspace, tmp_path) -> None:
+        options = {"pool": processes(1), "open": tiny_study.workspace}
+        with (
+            spelled(ShellSpelling()),
+            pytest.raises(UsageError, match=r"refused: --keeps 0\.5") as caught,
+        ):
+            pretended(tmp_path / "shell", workspace, tiny_study.refuse, **options)
+        assert caught.value.hint == "tdkit inspect"
+        with pytest.raises(UsageError, match=r"refused: keeps=\[0.5\]") as caught:
+            pretended(tmp_path / "python", workspace, tiny_study.refuse, **options)
+        assert caught.value.hint == "tdkit.inspect"
 
     def test_another_model_on_the_other_side_is_refused(self, workspace, tmp_path) -> None:
         pool = Pool(partial(ThreadPoolExecutor, 1))

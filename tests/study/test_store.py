@@ -240,8 +240,8 @@ class TestGoingOn:
         with pytest.raises(UsageError, match="measurements of another study") as caught:
             opened(tmp_path, changed, plan=PLAN[:1])
         assert str(caught.value).splitlines()[1:] == [f"  {line}"]
-        assert "--run" in caught.value.hint
-        assert "--fresh" in caught.value.hint
+        assert "run=" in caught.value.hint
+        assert "fresh=True" in caught.value.hint
         assert bytes_of(tmp_path) == before
         opened(tmp_path).close()  # the lock is free again
 
@@ -285,7 +285,7 @@ class TestOneWriter:
                 StorageError, match=f"process {os.getpid()} on .*, since "
             ) as caught:
                 opened(tmp_path)
-            assert "--run" in caught.value.hint
+            assert "run=" in caught.value.hint
             store.add([tiny_study.made_up(PLAN[0])])
         with opened(tmp_path) as store:
             assert list(store.finished()) == [PLAN[0]]
@@ -322,7 +322,7 @@ class TestFullAndReadOnly:
             large = replace(tiny_study.made_up(PLAN[1]), correct=bytes(10**6))
             with pytest.raises(StorageError, match="there is no room left") as caught:
                 store.add([tiny_study.made_up(PLAN[2]), large])
-            assert "the same command goes on" in caught.value.hint
+            assert "started again, it goes on" in caught.value.hint
             assert list(store.finished()) == [PLAN[0]]
             store._connection.execute("PRAGMA max_page_count = 1000000")
             store.add([large])

@@ -28,7 +28,7 @@ from tdkit.study.recipe import (
     PublishedRecipe,
     RankRecipe,
 )
-from tdkit.study.records import Trial, alike
+from tdkit.study.records import Trial, outcome_key
 from tdkit.study.trials import (
     check_data,
     chosen_layers,
@@ -201,8 +201,8 @@ class TestUnits:
         homes: dict[Trial, int] = {}
         for place, chunk in enumerate(chunks):
             assert len({(t.layer, t.stage) for t in chunk}) == 1
-            assert len({alike(t) for t in chunk}) <= (16 if chunk[0].stage == "before" else 1)
-            assert all(homes.setdefault(alike(t), place) == place for t in chunk)
+            assert len({outcome_key(t) for t in chunk}) <= (16 if chunk[0].stage == "before" else 1)
+            assert all(homes.setdefault(outcome_key(t), place) == place for t in chunk)
         after = [chunk[0].run for chunk in chunks if chunk[0].stage == "after"]
         assert after == sorted(after)
 

@@ -17,7 +17,7 @@ from tdkit.errors import UsageError
 from tdkit.training.settings import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_RATES,
-    Wishes,
+    FinetuneSettings,
     after_finetuning,
     finetune_recipe,
     split_seed,
@@ -54,7 +54,7 @@ ONE_CYCLE = RECIPE + 'name = "one-cycle"\n'
     ],
 )
 def test_fine_tuning_goes_on_as_the_training_ended(text, rate, says) -> None:
-    recipe, reason = finetune_recipe({"recipe": text}, Wishes(7, patience=2))
+    recipe, reason = finetune_recipe({"recipe": text}, FinetuneSettings(7, patience=2))
     assert recipe.optimizer.learning_rate == pytest.approx(rate)
     assert reason.startswith(says)
     assert (recipe.optimizer.name, recipe.optimizer.momentum) == ("sgd", 0.9)
@@ -67,24 +67,24 @@ def test_fine_tuning_goes_on_as_the_training_ended(text, rate, says) -> None:
 
 @pytest.mark.parametrize("training", [None, {}, {"recipe": "no recipe ["}, {"optimizer": {}}])
 def test_without_a_training_there_are_defaults(training) -> None:
-    recipe, reason = finetune_recipe(training, Wishes(1))
+    recipe, reason = finetune_recipe(training, FinetuneSettings(1))
     assert (recipe.optimizer.name, recipe.optimizer.learning_rate) == ("sgd", 1e-3)
     assert recipe.batch_size == DEFAULT_BATCH_SIZE
     assert reason == "the default for sgd: nothing is known about the training of the model"
 
 
 def test_another_optimizer_has_a_rate_of_its_own() -> None:
-    recipe, reason = finetune_recipe({"recipe": PAPER}, Wishes(1, optimizer="adamw"))
+    recipe, reason = finetune_recipe({"recipe": PAPER}, FinetuneSettings(1, optimizer="adamw"))
     assert recipe.optimizer.learning_rate == DEFAULT_RATES["adamw"]
     assert recipe.batch_size == 64
     assert reason == "the default for adamw: the model was trained with sgd"
-    recipe, _ = finetune_recipe({"recipe": PAPER}, Wishes(1, optimizer="sgd"))
+    recipe, _ = finetune_recipe({"recipe": PAPER}, FinetuneSettings(1, optimizer="sgd"))
     assert recipe.optimizer.learning_rate == pytest.approx(1e-4)
 
 
 def test_what_the_user_says_comes_first() -> None:
-    wishes = Wishes(1, learning_rate=0.02, batch_size=5, autocast="bfloat16")
-    recipe, reason = finetune_recipe({"recipe": PAPER}, wishes)
+    settings = FinetuneSettings(1, learning_rate=0.02, batch_size=5, autocast="bfloat16")
+    recipe, reason = finetune_recipe({"recipe": PAPER}, settings)
     assert (recipe.optimizer.learning_rate, recipe.optimizer.weight_decay) == (0.02, 5e-4)
     assert (recipe.batch_size, recipe.autocast, reason) == (5, "bfloat16", "as asked for")
 
@@ -101,9 +101,9 @@ def test_what_the_user_says_comes_first() -> None:
         ({"patience": 0}, "patience must be at least 1"),
     ],
 )
-def test_wishes_that_cannot_be_met_are_refused(options, says) -> None:
+def test_settings_out_of_range_are_refused(options, says) -> None:
     with pytest.raises(UsageError, match=says):
-        finetune_recipe(None, Wishes(1, **options))
+        finetune_recipe(None, FinetuneSettings(1, **options))
 
 
 def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -128,7 +128,7 @@ def test_the_state_of_a_torch_optimizer_tells_the_last_rate(schedule) -> None:
         optimizer.step()
         scheduler.step()
     checkpoint = {"epoch": 10, "state_dict": {}, "optimizer": optimizer.state_dict()}
-    recipe, reason = finetune_recipe({"optimizer": find_optimizer(checkpoint)}, Wishes(1))
+    recipe, reason = finetune_recipe({"optimizer": find_optimizer(checkpoint)}, FinetuneSettings(1))
     assert recipe.optimizer.learning_rate == pytest.approx(expected)
     assert ("near zero" in reason) == (schedule in ("one-cycle", "cosine"))
     # One-cycle moves the momentum, too.
@@ -150,7 +150,7 @@ def test_the_optimizer_is_known_by_its_settings(family, name) -> None:
     optimizer = family([nn.Parameter(torch.ones(2))], lr=0.02)
     # As Lightning keeps it.
     found = find_optimizer({"state_dict": {}, "optimizer_states": [optimizer.state_dict()]})
-    recipe, _ = finetune_recipe({"optimizer": found}, Wishes(1))
+    recipe, _ = finetune_recipe({"optimizer": found}, FinetuneSettings(1))
     assert recipe.optimizer.name == (name or "sgd")
     assert recipe.optimizer.learning_rate == (0.02 if name else DEFAULT_RATES["sgd"])
 
@@ -197,18 +197,18 @@ SETTINGS = st.dictionaries(
 @example({"optimizer": {"name": "sgd", "lr": math.inf}})
 @example({"optimizer": {"name": "sgd", "lr": 0.1, "max_lr": math.inf}})
 def test_whatever_a_file_says_ends_in_a_recipe(training) -> None:
-    recipe, reason = finetune_recipe(training, Wishes(1))
+    recipe, reason = finetune_recipe(training, FinetuneSettings(1))
     assert 0 < recipe.optimizer.learning_rate < math.inf
     assert reason
     assert split_seed(training, 5) == 5
 
 
 def test_after_a_fine_tuning_the_next_one_goes_on_from_it() -> None:
-    wishes = Wishes(1, learning_rate=0.02, optimizer="adam")
+    settings = FinetuneSettings(1, learning_rate=0.02, optimizer="adam")
     training: dict[str, Any] = {"recipe": PAPER}
-    recipe, _ = finetune_recipe(training, wishes)
+    recipe, _ = finetune_recipe(training, settings)
     known = json.loads(json.dumps(after_finetuning(training, recipe)))
-    again, reason = finetune_recipe(known, Wishes(1))
+    again, reason = finetune_recipe(known, FinetuneSettings(1))
     assert again == recipe
     assert reason == "the last one of its training"
     assert split_seed(known, 0) == 3
@@ -225,6 +225,6 @@ def test_the_bundled_model_tells_its_training() -> None:
     from tdkit.registry import load_registry
 
     models = load_registry().models
-    recipe, _ = finetune_recipe(load_model("garipov", models=models).training, Wishes(1))
+    recipe, _ = finetune_recipe(load_model("garipov", models=models).training, FinetuneSettings(1))
     assert recipe.optimizer.learning_rate == pytest.approx(1e-3)
     assert load_model("garipov", models=models, weights="none").training is None

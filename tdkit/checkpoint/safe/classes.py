@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
-from tdkit.checkpoint.safe.imports import import_named
+from tdkit.checkpoint.safe.imports import import_named, said
 from tdkit.checkpoint.text import shown
 from tdkit.errors import UnreadableFileError, UsageError
 
@@ -187,7 +187,7 @@ class Allowlist:
         if path in self.chosen:
             return _allowed(path, self.chosen[path])
         if path in self.registered:
-            return _allowed(path, _class_named(self.registered[path], "allowed class"))
+            return _allowed(path, _class_named(self.registered[path], None))
         if path in STATIC:
             return _allowed(path, _static(path))
         return None
@@ -206,19 +206,19 @@ def allowlist(registered: Iterable[str], chosen: Sequence[str]) -> Allowlist:
     """
     classes: dict[str, type] = {}
     for text in chosen:
-        cls = _class_named(text, "--allow-class")
+        cls = _class_named(text, "allow_classes")
         classes[text.replace(":", ".")] = cls
         classes[f"{cls.__module__}.{cls.__qualname__}"] = cls
         classes.setdefault(f"__main__.{cls.__qualname__}", cls)
     return Allowlist({text.replace(":", "."): text for text in registered}, classes)
 
 
-def _class_named(text: str, option: str) -> type:
-    cls = import_named(text, option)
+def _class_named(text: str, key: str | None) -> type:
+    cls = import_named(text, key)
     reason = _refusal(cls)
     if reason is not None:
         raise UsageError(
-            f"{option} {text}: {reason}",
+            f"{said(text, key)}: {reason}",
             "only nn.Module classes and classes that merely hold data can be allowed",
         )
     found: type = cls

@@ -216,7 +216,7 @@ def _view(storage: Storage, place: tuple[Any, ...], itemsize: int) -> Array:
     if numel > capacity or (numel and offset + span > capacity):
         raise UnsafeFileError(
             f"a tensor asks for {numel:,} elements, but the file stores {capacity:,} for it",
-            "save it again after calling .contiguous() on expanded tensors; from strangers, "
+            "save it again after calling .contiguous() on expanded tensors; from others, "
             "do not trust it",
         )
     return Array(numel, numel * itemsize)

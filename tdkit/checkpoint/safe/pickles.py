@@ -30,7 +30,7 @@ from tdkit.checkpoint.safe.constructors import (
     is_primitive,
     torch_provides,
 )
-from tdkit.checkpoint.safe.refusals import refuse_strangers
+from tdkit.checkpoint.safe.refusals import refuse_unlisted
 from tdkit.checkpoint.text import shown
 from tdkit.errors import TdkitError, UnreadableFileError, UnsafeFileError
 
@@ -98,11 +98,11 @@ class _Made:
     built: bool = False
 
 
-class _Stranger:
+class _Unlisted:
     """Stands for everything that is made with a name that is not on the list."""
 
 
-_STRANGER = _Stranger()
+_UNLISTED = _Unlisted()
 
 
 def scan(stream: BinaryIO, allowlist: Allowlist, source: object) -> Scan:
@@ -125,16 +125,16 @@ def scan(stream: BinaryIO, allowlist: Allowlist, source: object) -> Scan:
                 machine.step(name, arg)
         machine.finish()
     except (TdkitError, *_BROKEN) as error:
-        if machine.strangers:
-            refuse_strangers(source, machine.strangers)
+        if machine.unlisted:
+            refuse_unlisted(source, machine.unlisted)
         if isinstance(error, TdkitError):
             raise type(error)(f"{source}: {error}", error.hint) from error
         raise UnreadableFileError(
             f"{source} is damaged: its description of the model cannot be followed",
             "copy or download it again",
         ) from error
-    if machine.strangers:
-        refuse_strangers(source, machine.strangers)
+    if machine.unlisted:
+        refuse_unlisted(source, machine.unlisted)
     return Scan(machine.root, machine.names, machine.numpy, machine.storages)
 
 
@@ -159,7 +159,7 @@ class _Machine:
     names: dict[str, Any] = field(default_factory=dict)
     numpy: bool = False
     storages: dict[str, Storage] = field(default_factory=dict)
-    strangers: dict[str, str] = field(default_factory=dict)
+    unlisted: dict[str, str] = field(default_factory=dict)
     sealed: dict[int, Any] = field(default_factory=dict)
     foreign: str | None = None
     viewed: int = 0
@@ -220,13 +220,13 @@ class _Machine:
             self.numpy |= path.startswith("numpy.")
             self.stack.append(Global(path))
         else:
-            self.strangers[path] = module
-            self.stack.append(_STRANGER)
+            self.unlisted[path] = module
+            self.stack.append(_UNLISTED)
 
     def _reduce(self, _: Any) -> None:
         args, function = self.stack.pop(), self.stack.pop()
-        if function is _STRANGER or (isinstance(args, tuple) and _STRANGER in args):
-            self.stack.append(_STRANGER)
+        if function is _UNLISTED or (isinstance(args, tuple) and _UNLISTED in args):
+            self.stack.append(_UNLISTED)
             return
         if not isinstance(function, Global):
             raise UnsafeFileError("the file calls something that is not a function", _DISTRUST)
@@ -238,8 +238,8 @@ class _Machine:
 
     def _newobj(self, _: Any) -> None:
         args, cls = self.stack.pop(), self.stack.pop()
-        if cls is _STRANGER:
-            self.stack.append(_STRANGER)
+        if cls is _UNLISTED:
+            self.stack.append(_UNLISTED)
             return
         kind = cls.allowed.kind if isinstance(cls, Global) and cls.allowed else None
         if kind == "tuple" and all(map(is_primitive, args)):
@@ -255,7 +255,7 @@ class _Machine:
 
     def _build(self, _: Any) -> None:
         state, made = self.stack.pop(), self.stack[-1]
-        if made is _STRANGER or state is _STRANGER:
+        if made is _UNLISTED or state is _UNLISTED:
             return
         self._seal(state)
         if isinstance(made, _Made) and not made.built:
@@ -283,8 +283,8 @@ class _Machine:
             raise UnsafeFileError("the file asks for an object that is not in it", _DISTRUST)
 
     def _storage(self, cls: Any, key: Any, location: Any, numel: Any, view: Any = None) -> Any:
-        if cls is _STRANGER:
-            return _STRANGER
+        if cls is _UNLISTED:
+            return _UNLISTED
         itemsize = STORAGES.get(cls.path) if isinstance(cls, Global) else None
         _expect(isinstance(key, str) and isinstance(location, str) and _is_count(numel))
         _expect(itemsize is not None)
@@ -330,12 +330,12 @@ class _Machine:
 
     def _set_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
-        if target is _STRANGER:
+        if target is _UNLISTED:
             return
         _expect(type(target) in (dict, Ordered, Counted) and len(items) % 2 == 0)
         _expect(id(target) not in self.sealed)
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if key is not _STRANGER:
+            if key is not _UNLISTED:
                 _expect(is_primitive(key))
                 target[key] = value
 
@@ -348,7 +348,7 @@ class _Machine:
 
     def _extend(self, values: list[Any]) -> None:
         target = self.stack[-1]
-        if target is not _STRANGER:
+        if target is not _UNLISTED:
             _expect(type(target) is list and id(target) not in self.sealed)
             target.extend(values)
 

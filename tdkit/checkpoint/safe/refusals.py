@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NoReturn
 
 from tdkit.checkpoint.text import listed, shown
-from tdkit.errors import UnsafeFileError
+from tdkit.errors import UnsafeFileError, option
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,28 +35,28 @@ _ADVICE = (
 _MOST = 50
 
 
-def refuse_strangers(source: object, strangers: Mapping[str, str]) -> NoReturn:
+def refuse_unlisted(source: object, unlisted: Mapping[str, str]) -> NoReturn:
     """Refuse a file for the names it uses.
 
     Args:
         source: The file.
-        strangers: Dotted names, each with its module.
+        unlisted: Dotted names, each with its module.
 
     Raises:
         UnsafeFileError: Always.
     """
     advice = next(
-        (advice for part, advice in _ADVICE if any(part in path for path in strangers)), None
+        (advice for part, advice in _ADVICE if any(part in path for path in unlisted)), None
     )
-    dangerous = [path for path, module in strangers.items() if _is_dangerous(path, module)]
+    dangerous = [path for path, module in unlisted.items() if _is_dangerous(path, module)]
     if dangerous:
         raise UnsafeFileError(
             f"{source} uses {listed(dangerous)}: reading it could run code, so tdkit does not",
             advice or "do not trust it; ask its author for a state_dict or a safetensors file",
         )
     raise UnsafeFileError(
-        f"{source} uses {listed(strangers)}: not on tdkit's list of classes that a file may hold",
-        advice or _how_to_allow(strangers),
+        f"{source} uses {listed(unlisted)}: not on tdkit's list of classes that a file may hold",
+        advice or _how_to_allow(unlisted),
     )
 
 
@@ -64,14 +64,20 @@ def _is_dangerous(path: str, module: str) -> bool:
     return module.partition(".")[0] in _DANGEROUS and path not in _HARMLESS
 
 
-def _how_to_allow(strangers: Mapping[str, str]) -> str:
-    alone = "save the state_dict alone, and name its class with --arch package.module:Class"
+def _how_to_allow(unlisted: Mapping[str, str]) -> str:
+    own = option("arch", "package.module:Class")
+    alone = f"save the state_dict alone, and name its class with {own}"
     classes = [
-        f"--allow-class {shown(module)}:{shown(path[len(module) + 1 :])}"
-        for path, module in strangers.items()
+        f"{_module(module)}:{shown(path[len(module) + 1 :])}"
+        for path, module in unlisted.items()
         if path[len(module) + 1 :].lstrip("_")[:1].isupper()
     ]
     if not classes:
         return alone
-    options = " ".join(classes[:_MOST]).replace(" __main__:", " YOUR_MODULE:")
-    return f"if the file and this code are yours: {options}; or {alone}"
+    allowing = option("allow_classes", classes[:_MOST])
+    return f"if the file and this code are yours: {allowing}; or {alone}"
+
+
+def _module(name: str) -> str:
+    """A module's name; that of the script itself only its author knows."""
+    return "YOUR_MODULE" if name == "__main__" else shown(name)

@@ -24,6 +24,7 @@ from matplotlib.patches import Rectangle
 
 from tdkit.study.report.conclusions import Analysis, Changes, Correlation, Regret
 from tdkit.study.report.findings import metric_name, percent, signed, stage_name
+from tdkit.study.report.html import css
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,15 +40,15 @@ INK, MUTED, GRID, BAR, CEILING = "#1f2328", "#59636e", "#d1d9e0", "#8fc1de", "#b
 PAPER = "#9a3d86"
 
 THEME = {
-    INK: "--ink",
-    MUTED: "--muted",
-    GRID: "--grid",
-    BAR: "--bar",
-    CEILING: "--ceiling",
-    PAPER: "--paper",
-    **{colour: f"--layer-{i}" for i, colour in enumerate(PALETTE)},
+    INK: css("ink"),
+    MUTED: css("muted"),
+    GRID: css("grid"),
+    BAR: css("bar"),
+    CEILING: css("ceiling"),
+    PAPER: css("paper"),
+    **{colour: css(f"layer-{i}") for i, colour in enumerate(PALETTE)},
 }
-"""Colours of the figures, by the CSS variable that replaces each in the page."""
+"""Colours of the figures, by the variable of the style sheet that replaces each in the page."""
 
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -452,7 +453,7 @@ def regret_figure(analysis: Analysis) -> Chart:
 
     legend = (
         ("planner's pick", line(color=PALETTE[1], linewidth=1.6)),
-        ("best candidate", line(color=PALETTE[0], linewidth=1.6, linestyle="--")),
+        ("best candidate", line(color=PALETTE[0], linewidth=1.6, linestyle="dashed")),
     )
     return Chart("figure-6-regret", tuple(panel(stage) for stage in stages), legend)
 
@@ -463,7 +464,7 @@ def _draw_regret(axes: Axes, regrets: Sequence[Regret], params: int) -> None:
     best = [100 * regret.best_error for regret in regrets]
     axes.stairs(pick, edges, baseline=best, fill=True, color=PALETTE[1], alpha=0.2, linewidth=0)
     axes.stairs(pick, edges, baseline=None, color=PALETTE[1], linewidth=1.6)
-    axes.stairs(best, edges, baseline=None, color=PALETTE[0], linewidth=1.6, linestyle="--")
+    axes.stairs(best, edges, baseline=None, color=PALETTE[0], linewidth=1.6, linestyle="dashed")
     axes.grid()
     axes.set_xlim(0, edges[-1])
     room = 0.06 * (max(pick) - min(best)) or 1.0
@@ -522,10 +523,10 @@ def inline(chart: Chart, panel: Panel, name: str) -> str:
     text = re.sub(r'href="#', f'href="#{name}-', text)
     text = re.sub(r"url\(#", f"url(#{name}-", text)
     text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)  # it would reach the whole page
-    text = text.replace("'DejaVu Sans'", "var(--font)")
+    text = text.replace("'DejaVu Sans'", css("font"))
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     for colour, variable in THEME.items():
-        text = text.replace(colour, f"var({variable})")
+        text = text.replace(colour, variable)
     return text
 
 

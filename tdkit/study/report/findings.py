@@ -147,7 +147,7 @@ def caveats(analysis: Analysis) -> list[str]:
     if missing > 0:
         found.append(
             f"This study is not finished: {analysis.finished:,} of {analysis.planned:,} trials are "
-            "done. The same command goes on with it."
+            "done. Started again, it goes on."
         )
     if analysis.failures:
         found.append(

@@ -37,6 +37,11 @@ def escaped(text: str) -> Markup:
     return text if isinstance(text, Markup) else Markup(html.escape(text))
 
 
+def css(variable: str) -> str:
+    """The value of a variable of the page's style sheet, such as ``var(--ink)``."""
+    return f"var(--{variable})"
+
+
 def table(
     caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, words: Sequence[str] = ()
 ) -> Markup:

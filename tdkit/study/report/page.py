@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tdkit.errors import StorageError
+from tdkit.errors import StorageError, option
 from tdkit.files import atomic_write
 from tdkit.study.recipe import StudyRecipe
 from tdkit.study.records import Results, Stage
@@ -88,7 +88,7 @@ def write_report(
         except OSError as error:
             raise StorageError(
                 f"the folder {path} cannot be made: {error.strerror}",
-                "name another one with --output",
+                f"name another one with {option('output')}",
             ) from error
     if analysis is None:
         analysis = analyse(results, recipe, rng=np.random.default_rng(recipe.seed))
@@ -476,7 +476,7 @@ def _scatter_legend(analysis: Analysis) -> Markup:
 
 
 def _themed(colour: str) -> str:
-    return f"var({THEME[colour]})" if colour in THEME else colour
+    return THEME.get(colour, colour)
 
 
 def _data(analysis: Analysis) -> Markup:

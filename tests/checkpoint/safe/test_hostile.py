@@ -22,12 +22,14 @@ from torch import nn
 from tdkit.checkpoint import contents as contents_module
 from tdkit.checkpoint import load_into, load_model
 from tdkit.checkpoint.safe.pickles import Scan
+from tdkit.cli.spelling import ShellSpelling
 from tdkit.errors import (
     TdkitError,
     UnreadableFileError,
     UnsafeFileError,
     UnsupportedError,
     UsageError,
+    spelled,
 )
 
 if TYPE_CHECKING:
@@ -688,10 +690,12 @@ def test_every_unknown_name_is_in_one_message(file: Path) -> None:
     error = refused(
         archive(file, value), UnsafeFileError, r"mynet\.A, mynet\.blocks\.B, other\.C and 1"
     )
-    options = " ".join(
-        f"--allow-class {c}" for c in ("mynet:A", "mynet.blocks:B", "other:C", "d:E")
-    )
-    assert f"if the file and this code are yours: {options}; or " in str(error.hint)
+    names = ["mynet:A", "mynet.blocks:B", "other:C", "d:E"]
+    yours = "if the file and this code are yours: "
+    assert f"{yours}allow_classes={names}; or " in str(error.hint)
+    with spelled(ShellSpelling()):
+        error = refused(archive(file, value), UnsafeFileError, "uses mynet")
+    assert f"{yours}{' '.join(f'--allow-class {name}' for name in names)}; or " in str(error.hint)
 
 
 def test_a_file_cannot_make_the_message_endless(file: Path) -> None:
@@ -703,7 +707,7 @@ def test_a_file_cannot_make_the_message_endless(file: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "message", "hint"),
     [
-        (["argparse Namespace"], "not on tdkit's list", "--allow-class argparse:Namespace"),
+        (["argparse Namespace"], "not on tdkit's list", "allow_classes=['argparse:Namespace']"),
         (["builtins slice"], "not on tdkit's list", "save the state_dict alone"),
         (["numpy ndarray"], "not on tdkit's list", "save the state_dict alone"),
         (["torch._dynamo.eval_frame X", "builtins id"], "could run code", "model._orig_mod"),
@@ -720,7 +724,7 @@ def test_the_next_step_fits_the_names(
     value = several(*(name(*text.split()) for text in names))
     error = refused(archive(file, value), UnsafeFileError, message)
     assert hint in str(error.hint)
-    assert ("--allow-class" in str(error.hint)) is ("argparse Namespace" in names)
+    assert ("allow_classes" in str(error.hint)) is ("argparse Namespace" in names)
 
 
 def test_names_cannot_write_to_the_terminal(file: Path) -> None:
@@ -882,7 +886,7 @@ def test_something_else_called_safetensors(tmp_path: Path) -> None:
 def test_a_class_that_is_not_installed(file: Path) -> None:
     archive(file, module(name("their_package.nets", "TheirNet")))
     error = refused(file, UnsafeFileError, r"uses their_package\.nets\.TheirNet")
-    assert "--allow-class their_package.nets:TheirNet" in str(error.hint)
+    assert "allow_classes=['their_package.nets:TheirNet']" in str(error.hint)
     with pytest.raises(UsageError, match="No module named 'their_package'"):
         load_model(file, models={}, allow_classes=["their_package.nets:TheirNet"])
 
