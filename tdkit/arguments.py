@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from tdkit.compression.plan import Plan, read_plan
-from tdkit.errors import UsageError
+from tdkit.errors import UsageError, option
+from tdkit.forward.inputs import Inputs, readings
 
 _T = TypeVar("_T")
 
 
-def names(value: object, option: str) -> tuple[str, ...]:
+def names(value: object, key: str) -> tuple[str, ...]:
     """Names or shell patterns; a string is one.
 
     Raises:
@@ -27,7 +29,7 @@ def names(value: object, option: str) -> tuple[str, ...]:
     found = tuple(value) if isinstance(value, Iterable) else (value,)
     if not all(isinstance(name, str) for name in found):
         raise UsageError(
-            f"{option}={_shown(value)} is no list of names", f'write {option}=["…", "…"]'
+            f"{key}={_shown(value)} is no list of names", f'write {key}=["…", "…"]'
         )
     return found
 
@@ -70,59 +72,62 @@ def seed(value: object) -> int:
         raise UsageError(f"the seed {value!r} is not a whole number", "write seed=0") from None
 
 
-def batches(value: object) -> Sequence[Tensor | Sequence[Any]]:
-    """Batches of model inputs; a tensor is one batch, and None are none.
+def batches(value: object) -> Sequence[Any]:
+    """Batches of model inputs, tensors of any shape; a tensor is one batch, and None are none.
 
     Raises:
         UsageError: If it is no list, or holds what is no batch.
     """
     if value is None:
         return ()
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor | Inputs):
         return (value,)
     if not isinstance(value, list | tuple):
         raise UsageError(
-            f"data={_shown(value)} is no list of batches",
+            f"{option('data')}{_shown(value)} is no list of batches",
             "of a DataLoader take the inputs alone: data=[images for images, labels in loader]",
         )
     for batch in value:
-        if not isinstance(batch, Tensor | list | tuple):
+        if not (isinstance(batch, Tensor | Inputs | list | tuple | Mapping) or is_dataclass(batch)):
             raise UsageError(
                 f"a batch of data is a {type(batch).__name__}",
-                "make each a tensor, or a tuple of the arguments that the model takes",
+                "make each a tensor, or a tuple or dict of the arguments that the model takes",
             )
     return value
 
 
-def example(value: object) -> Sequence[Any]:
-    """The arguments of a forward pass; a tensor is the only one.
+def example(value: object) -> Any:
+    """The arguments of a forward pass, tensors of any shape, nested in any way.
 
     Raises:
-        UsageError: If it is neither a tensor nor a list of arguments.
+        UsageError: If there is no tensor among them.
     """
-    if isinstance(value, Tensor):
-        return (value,)
-    if isinstance(value, list | tuple):
-        return value
-    raise UsageError(
-        f"example_inputs={_shown(value)} are no arguments of a forward pass",
-        "make them a tensor, or a tuple of the arguments that the model takes, in order",
-    )
+    if not any(inputs.tensors for inputs in readings(value)):
+        raise UsageError(
+            f"{option('example_inputs')}{_shown(value)} are no arguments of a forward pass",
+            "make them a tensor, or a tuple or dict of the arguments that the model takes",
+        )
+    return value
 
 
 def shape(value: object) -> tuple[int, ...]:
-    """The shape of one sample.
+    """The shape of one sample; a text such as 3,224,224 or 3x224x224 is one.
 
     Raises:
-        UsageError: If it is no list of whole numbers.
+        UsageError: If it is no list of whole numbers of at least 1.
     """
+    parts: Any = value.replace("x", ",").split(",") if isinstance(value, str) else value
     try:
-        return tuple(map(operator.index, value))  # type: ignore[call-overload]
-    except TypeError:
+        found = tuple(int(n) if isinstance(n, str) else operator.index(n) for n in parts)
+    except (TypeError, ValueError):
+        found = ()
+    if not found or min(found) < 1:
         raise UsageError(
-            f"input_shape={_shown(value)} is no shape",
-            "write it without the batch: input_shape=(3, 224, 224)",
-        ) from None
+            f"{option('input_shape', value if isinstance(value, str) else None)}"
+            f"{'' if isinstance(value, str) else _shown(value)} is not a shape",
+            f"write it without the batch: {option('input_shape', (3, 224, 224))}",
+        )
+    return found
 
 
 def plan(value: object) -> Plan:
@@ -172,9 +177,9 @@ def _number(value: Any) -> float:
     return float(value)
 
 
-def _some(found: tuple[_T, ...], option: str, example: str) -> tuple[_T, ...]:
+def _some(found: tuple[_T, ...], key: str, example: str) -> tuple[_T, ...]:
     if not found:
-        raise UsageError(f"{option} is an empty list", f"write {option}={example}, or leave it out")
+        raise UsageError(f"{key} is an empty list", f"write {key}={example}, or leave it out")
     return found
 
 

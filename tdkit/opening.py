@@ -11,10 +11,11 @@ from tdkit.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
     from tdkit.checkpoint import LoadedModel
     from tdkit.datasets.base import Dataset
+    from tdkit.forward.inputs import Inputs
     from tdkit.registry import Registry
 
 
@@ -28,7 +29,7 @@ class Source:
         weights: Weights of a registered model.
         allow_classes: Classes that a file may hold.
         unsafe: Whether the file may run code.
-        input_shape: Shape of one sample as typed.
+        input_shape: Shape of one sample, where the user says it.
         device: cpu, cuda or auto.
         seed: Of random weights.
     """
@@ -38,7 +39,7 @@ class Source:
     weights: str | None = None
     allow_classes: Sequence[str] = ()
     unsafe: bool = False
-    input_shape: str | None = None
+    input_shape: tuple[int, ...] | None = None
     device: str = "auto"
     seed: int = 0
 
@@ -72,7 +73,7 @@ class Opened:
                 "give it with --input-shape, such as 3,224,224",
             )
 
-    def inputs(self, batch: int = 2) -> tuple[Tensor] | None:
+    def inputs(self, batch: int = 2) -> Inputs | None:
         """Random inputs, or None when the shape is unknown."""
         from tdkit.forward.inputs import random_inputs
 
@@ -87,7 +88,6 @@ def open_model(source: Source, registry: Registry, dataset: Dataset | None = Non
     from tdkit.forward.copying import unwrap
 
     device = pick_device(source.device)
-    typed = parse_shape(source.input_shape) if source.input_shape else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(source.seed % 2**63)
         loaded = load_model(
@@ -98,9 +98,31 @@ def open_model(source: Source, registry: Registry, dataset: Dataset | None = Non
             allow_classes=tuple(source.allow_classes),
             unsafe=source.unsafe,
         )
-    shape = typed or (dataset.input_shape if dataset else None) or loaded.input_shape
+    shape = source.input_shape or (dataset.input_shape if dataset else None) or loaded.input_shape
     notes = (*loaded.notes, *(dataset.notes if dataset else ()))
     return Opened(loaded, unwrap(loaded.model).to(device), shape, notes)
+
+
+def open_module(model: nn.Module, source: Source, device: str | None = None) -> Opened:
+    """A model that is handed over, as it is.
+
+    Args:
+        model: Any module.
+        source: What the caller says of it.
+        device: Where to move it; None leaves it where it is.
+
+    Raises:
+        UsageError: If it is no module.
+        UnsupportedError: If it is a TorchScript module.
+    """
+    from tdkit.checkpoint import LoadedModel
+    from tdkit.forward.copying import plain_module
+
+    plain = plain_module(model)
+    if device is not None:
+        plain = plain.to(pick_device(device))
+    loaded = LoadedModel(model=plain, source=type(plain).__name__, format="module")
+    return Opened(loaded, plain, source.input_shape, ())
 
 
 def open_dataset(
@@ -128,7 +150,12 @@ def open_dataset(
 
 
 def open_with_data(
-    source: Source, registry: Registry, data: str | None, root: Path | None = None
+    source: Source,
+    registry: Registry,
+    data: str | None,
+    root: Path | None = None,
+    *,
+    opened: Opened | None = None,
 ) -> tuple[Opened, Dataset | None]:
     """Open a model and, where one is named, a data set whose validation split is the model's.
 
@@ -137,10 +164,14 @@ def open_with_data(
         registry: Everything that can be named.
         data: ``NAME`` or ``NAME:PATH``.
         root: Folder to look for data sets in first.
+        opened: The model where it is open already.
+
+    Raises:
+        TdkitError: Of the kind that fits what is wrong with the model or the data.
     """
     from tdkit.training.settings import split_seed
 
-    opened = open_model(source, registry)
+    opened = opened or open_model(source, registry)
     if data is None:
         return opened, None
     size = image_size(source, registry)
@@ -155,7 +186,7 @@ def open_with_data(
 def image_size(source: Source, registry: Registry) -> tuple[int, int] | None:
     """Height and width that folders of images are brought to, where they are known beforehand."""
     if source.input_shape:
-        shape: tuple[int, ...] = parse_shape(source.input_shape)
+        shape: tuple[int, ...] = source.input_shape
     else:
         name = (source.arch or source.model).replace("_", "-")
         if name not in registry.models:
@@ -174,17 +205,3 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not available:
         raise UsageError("this machine has no CUDA device that torch can use", "use --device cpu")
     return torch.device("cuda" if available and name != "cpu" else "cpu")
-
-
-def parse_shape(text: str) -> tuple[int, ...]:
-    """Read 3,224,224 (or 3x224x224)."""
-    parts = text.replace("x", ",").split(",")
-    try:
-        shape = tuple(int(part) for part in parts)
-    except ValueError:
-        shape = ()
-    if not shape or min(shape) < 1:
-        raise UsageError(
-            f"--input-shape {text!r} is not a shape", "write it without the batch: 3,224,224"
-        )
-    return shape

@@ -18,6 +18,9 @@ else:
 
 T = TypeVar("T")
 
+Setting = bool | int | float | str
+"""The plain values that a setting of a method, or an option of a recipe, may have."""
+
 BUNDLED = Path(__file__).parent / "assets" / "recipes"
 """The recipes that come with tdkit: studies, and the trainings of the models that they are about.
 
@@ -50,7 +53,7 @@ def load_recipe(path: Path, cls: type[T]) -> T:
     Args:
         path: The file.
         cls: A dataclass whose fields are str, int, float, bool, Literal, tuples of one type,
-            other such dataclasses, or one of these or None.
+            other such dataclasses, classes with a ``from_table``, or one of these or None.
 
     Returns:
         An instance of ``cls``.
@@ -101,6 +104,8 @@ def _record(cls: type[T], table: dict[str, Any], prefix: str) -> T:
 def _value(wanted: Any, value: Any, key: str) -> Any:
     if get_origin(wanted) in (Union, types.UnionType):
         wanted = next(part for part in get_args(wanted) if part is not type(None))
+    if hasattr(wanted, "from_table") and isinstance(value, dict):
+        return wanted.from_table(value, key)
     if is_dataclass(wanted) and isinstance(value, dict):
         return _record(wanted, value, f"{key}.")  # type: ignore[arg-type]
     if get_origin(wanted) is tuple and isinstance(value, list):

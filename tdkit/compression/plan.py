@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tdkit.calibration.batchnorm import CALIBRATIONS, Calibration
-from tdkit.decompositions.settings import Setting
 from tdkit.errors import UnreadableFileError, UsageError, command
 from tdkit.planners.candidate import Candidate, to_json
+from tdkit.recipes import Setting
 from tdkit.tables import Table, number, percent, sizes
 
 FORMAT = 1

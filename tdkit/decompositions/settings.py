@@ -9,9 +9,7 @@ from typing import Any
 from tdkit.decompositions.base import Decomposition
 from tdkit.errors import UsageError, first_line
 from tdkit.hookspecs import DecompositionRecord
-
-Setting = bool | int | float | str
-"""The values that a setting may have."""
+from tdkit.recipes import Setting
 
 
 def settings_of(method: Decomposition) -> dict[str, Setting]:

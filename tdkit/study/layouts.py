@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tdkit.forward.inputs import copies
+from tdkit.forward.inputs import Inputs
 from tdkit.forward.trial import trial
 
 # Weights of a wide convolution, at least: 2 MiB in float32, what a core's cache holds.
@@ -26,7 +26,7 @@ _WIDE = 2**19
 _SMALL = 100
 
 
-def set_layouts(model: nn.Module, inputs: Sequence[Any]) -> None:
+def set_layouts(model: nn.Module, inputs: Inputs) -> None:
     """Put channels last, but for wide convolutions whose maps are small.
 
     A model that cannot run with channels last everywhere, since it views its features, stays
@@ -34,7 +34,7 @@ def set_layouts(model: nn.Module, inputs: Sequence[Any]) -> None:
 
     Args:
         model: Changed in place; its values stay the same.
-        inputs: One sample for each of its arguments.
+        inputs: One sample (1, channels, height, width).
     """
     try:
         model.to(memory_format=torch.channels_last)
@@ -42,7 +42,7 @@ def set_layouts(model: nn.Module, inputs: Sequence[Any]) -> None:
             for module in _on_small_maps(model, inputs):
                 module.to(memory_format=torch.contiguous_format)
             with small_maps(model):
-                model(*copies(inputs))
+                inputs.run(model)
     except Exception:  # a model may fail in any way
         model.to(memory_format=torch.contiguous_format)
 
@@ -80,7 +80,7 @@ class _SmallMaps(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
-def _on_small_maps(model: nn.Module, inputs: Sequence[Any]) -> list[nn.Module]:
+def _on_small_maps(model: nn.Module, inputs: Inputs) -> list[nn.Module]:
     """The wide convolutions that a pass calls on small maps and on no others."""
     small: dict[nn.Module, bool] = {}
 
@@ -91,7 +91,7 @@ def _on_small_maps(model: nn.Module, inputs: Sequence[Any]) -> list[nn.Module]:
         for convolution in _convolutions(model):
             if _is_wide(convolution.weight):
                 stack.callback(convolution.register_forward_pre_hook(note).remove)
-        model(*copies(inputs))
+        inputs.run(model)
     return [module for module in small if small[module]]
 
 

@@ -13,11 +13,14 @@ from torch import Tensor, nn
 
 from tdkit.compression.scoring import blamed, candidate_of, factorize, prepare
 from tdkit.costs.base import total_cost
+from tdkit.costs.macs import MACS
 from tdkit.datasets.base import Split
 from tdkit.decompositions.base import Prepared
 from tdkit.errors import UnsupportedError, UsageError, unknown_name
 from tdkit.layers.counting import model_parameters
+from tdkit.layers.evidence import Evidence
 from tdkit.layers.inventory import Layer
+from tdkit.layers.weights import ModuleWeights
 from tdkit.metrics.base import Metric
 from tdkit.metrics.features import NotFiniteError, Watched, feature_errors
 from tdkit.planners.candidate import Candidate
@@ -47,7 +50,7 @@ def baseline(workspace: Workspace) -> Baseline:
         images=len(dense),
         labelled=images.labelled,
         params=model_parameters(workspace.model),
-        macs=None if unknown else total_cost(workspace.model, layers, "macs"),
+        macs=None if unknown else total_cost(workspace.model, layers, MACS),
         layers=tuple((layer.name, layer.parameters) for layer in layers),
     )
 
@@ -136,10 +139,10 @@ def _built(
 
 
 def _prepared(workspace: Workspace, layer: Layer, trial: Trial) -> Prepared | str:
-    module, method = workspace.model.get_submodule(layer.name), workspace.methods[trial.method]
+    weights, method = ModuleWeights(workspace.model), workspace.methods[trial.method]
     try:
         with blamed(trial.method, layer):
-            found = prepare(layer, module, trial.method, method, trial.seed)
+            found = prepare(layer, weights, trial.method, method, Evidence(trial.seed))
     except Exception as error:  # a method may fail in any way
         return reason_of(error)
     return found or f"{trial.method} does not support the layer {layer.name!r}"
@@ -148,10 +151,10 @@ def _prepared(workspace: Workspace, layer: Layer, trial: Trial) -> Prepared | st
 def _stand_in(
     workspace: Workspace, layer: Layer, trial: Trial, prepared: Prepared, start: float
 ) -> _StandIn | str:
-    module = workspace.model.get_submodule(layer.name)
+    weights = ModuleWeights(workspace.model)
     try:
         with blamed(trial.method, layer):
-            factorized = factorize(layer, module, prepared, trial.rank)
+            factorized = factorize(layer, weights, prepared, trial.rank).eval()
             candidate = candidate_of(layer, trial.method, prepared, trial.rank, workspace.metrics)
     except Exception as error:  # a method may fail in any way
         return reason_of(error)
@@ -210,12 +213,14 @@ def _measurement(
     assert isinstance(predicted, Tensor)
     assert isinstance(errors, Mapping)
     candidate = stand_in.candidate
+    params, macs = candidate.costs["params"], candidate.costs["macs"]
+    assert params is not None
     return Measurement(
         trial=trial,
-        params_before=candidate.params_before,
-        params_after=candidate.params_after,
-        macs_before=candidate.macs_before,
-        macs_after=candidate.macs_after,
+        params_before=params.before,
+        params_after=params.after,
+        macs_before=None if macs is None else macs.before,
+        macs_after=None if macs is None else macs.after,
         errors={**candidate.errors, **errors},
         correct=_bits(predicted, expected),
         images=len(predicted),

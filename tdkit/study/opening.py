@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tdkit.errors import UnsupportedError, UsageError
+from tdkit.errors import UnsupportedError
+from tdkit.opening import Source, open_dataset, open_model, open_with_data, pick_device
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from tdkit.registry import Registry
     from tdkit.study.recipe import StudyRecipe
     from tdkit.study.workspace import Workspace
-
-from tdkit.opening import Source, open_dataset, open_model, open_with_data, parse_shape, pick_device
 
 # Input values in one batch of a study of large images, and the fewest images that are one.
 _VALUES = 2**22
@@ -152,7 +151,7 @@ class ObjectStudy:
         from tdkit.registry import load_registry
 
         registry, source = load_registry(), named.source
-        shape = parse_shape(source.input_shape) if source.input_shape else None
+        shape = source.input_shape
         if isinstance(model, nn.Module):
             module = own_copy(model).to(pick_device(source.device))
         else:
@@ -218,18 +217,18 @@ def make_workspace(
     import torch
 
     from tdkit.datasets.base import kept_on
-    from tdkit.forward.inputs import one_sample, random_inputs
+    from tdkit.forward.inputs import random_inputs
     from tdkit.layers.inventory import find_layers
     from tdkit.registry import lookup
     from tdkit.study.layouts import set_layouts
     from tdkit.study.trials import check_data
     from tdkit.study.workspace import Workspace
 
-    inputs = one_sample(random_inputs(model, shape or dataset.input_shape))
+    inputs = random_inputs(model, shape or dataset.input_shape).first_sample()
     layers = find_layers(
         model.eval(), inputs=inputs, patterns=recipe.layers, keep_ends=not recipe.layers
     )
-    set_layouts(model, inputs or ())
+    set_layouts(model, inputs)
     if adaptation.splits:
         recipe = _with_splits(recipe, dataset)
     if adaptation.batches:
@@ -262,28 +261,13 @@ def _method_records(recipe: StudyRecipe, registry: Registry) -> Mapping[str, Dec
 
 def _methods(recipe: StudyRecipe, registry: Registry) -> Mapping[str, Decomposition]:
     """The methods by the name that the recipe gives them, with its settings."""
+    from tdkit.decompositions.settings import create
+
     settings = {option.method: option.settings for option in recipe.options}
     return {
-        name: _method(name, record, settings.get(name, {}))
+        name: create(record, settings.get(name, {}))
         for name, record in _method_records(recipe, registry).items()
     }
-
-
-def _method(
-    name: str, record: DecompositionRecord, settings: Mapping[str, float | str]
-) -> Decomposition:
-    from tdkit.errors import first_line
-
-    try:
-        return record.create(**settings)
-    except TypeError as error:
-        if not settings:
-            raise
-        given = ", ".join(f"{key} = {value!r}" for key, value in settings.items())
-        raise UsageError(
-            f"{name} does not take the settings {given}: {first_line(error)}",
-            "change the method's table in options, or take it out",
-        ) from error
 
 
 def _with_splits(recipe: StudyRecipe, dataset: Dataset) -> StudyRecipe:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
 from tdkit.errors import UsageError, option
-from tdkit.recipes import BUNDLED, load_recipe, require
+from tdkit.recipes import BUNDLED, Setting, load_recipe, require
 from tdkit.training.recipe import FitRecipe
 
 SplitName = Literal["train", "validation", "test"]
@@ -66,36 +66,47 @@ class RankRecipe:
         require("rank", list(self.rank), good, "one or more numbers of at least 1")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class MethodRecipe:
     """A table ``[[options]]``: settings of a method, for studies of the method itself.
 
+    Which settings there are is the method's to say: they are keywords of its constructor, and are
+    checked when the study is opened.
+
     Args:
         method: The method's name.
-        sweeps: Sweeps of HOOI (tucker) or the most sweeps of ALS (cp).
-        ridge: The l2 penalty of ALS (cp).
-        tolerance: When ALS (cp) or HOOI (tucker) stops.
-        start: Of ALS (cp): ``uniform`` is the paper's, anew in each run; ``orthogonal`` is not
-            random.
+        settings: Whatever its constructor takes, such as ``sweeps`` of cp and tucker.
     """
 
     method: str
-    sweeps: int | None = None
-    ridge: float | None = None
-    tolerance: float | None = None
-    start: Literal["orthogonal", "uniform"] | None = None
+    given: tuple[tuple[str, Setting], ...]
 
-    def __post_init__(self) -> None:
-        for key in ("sweeps", "ridge", "tolerance"):
-            value = getattr(self, key)
-            if value is not None:
-                require(key, value, value >= 0, "at least 0")
+    def __init__(self, method: str, **settings: Setting) -> None:
+        object.__setattr__(self, "method", method)
+        object.__setattr__(self, "given", tuple(settings.items()))
 
     @property
-    def settings(self) -> dict[str, float | str]:
-        """Those that are given, by name."""
-        values = {entry.name: getattr(self, entry.name) for entry in fields(self)[1:]}
-        return {key: value for key, value in values.items() if value is not None}
+    def settings(self) -> dict[str, Setting]:
+        """By the name of a setting its value."""
+        return dict(self.given)
+
+    @classmethod
+    def from_table(cls, table: Mapping[str, Any], key: str) -> MethodRecipe:
+        """Read the table of a recipe.
+
+        Raises:
+            UsageError: If the method's name is missing, or a value is no plain one.
+        """
+        if not isinstance(table.get("method"), str):
+            raise UsageError(f"the key {key}.method is missing", "Add it: a string.")
+        for name, value in table.items():
+            if not isinstance(value, bool | int | float | str):
+                raise UsageError(f"{key}.{name} must be a number, a string, true or false")
+        return cls(**table)
+
+    def to_table(self) -> dict[str, Setting]:
+        """What :meth:`from_table` reads."""
+        return {"method": self.method, **self.settings}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,7 +354,10 @@ def to_toml(recipe: Any) -> str:
 
 
 def _toml(record: Any, prefix: str) -> Iterator[str]:
-    values = {entry.name: getattr(record, entry.name) for entry in fields(record)}
+    if isinstance(record, MethodRecipe):
+        values: dict[str, Any] = dict(record.to_table())
+    else:
+        values = {entry.name: getattr(record, entry.name) for entry in fields(record)}
     values = {key: value for key, value in values.items() if value is not None}
     nested = {key: value for key, value in values.items() if _is_nested(value)}
     for key, value in values.items():

@@ -22,8 +22,11 @@ from tdkit.decompositions.base import (
     count,
     layer_stages,
 )
+from tdkit.decompositions.settings import settings_of
 from tdkit.errors import UnsupportedError, UsageError, unknown_name
+from tdkit.layers.evidence import Evidence
 from tdkit.layers.inventory import Layer, matches
+from tdkit.layers.weights import ModuleWeights
 from tdkit.study.records import Trial
 from tdkit.training.loop import trainable_splits
 from tdkit.version import __version__
@@ -45,8 +48,9 @@ _TOGETHER = 16
 # Parameters of the factorized layers that one unit holds in memory.
 _PARAMETERS = 2**25
 
-# Values of a recipe that no measurement depends on. Model and data have hashes instead of names.
-_FREE = ("title", "notes", "published", "numbers", "focus", "model", "data", "weights")
+# Values of a recipe that no measurement depends on. Model and data have hashes instead of names,
+# and what methods are created with stands under the methods.
+_FREE = ("title", "notes", "published", "numbers", "focus", "model", "data", "weights", "options")
 
 
 @dataclass(frozen=True)
@@ -179,13 +183,17 @@ def identity(workspace: Workspace) -> dict[str, Any]:
         },
         "data": workspace.dataset.fingerprint,
         "recipe": values,
-        "methods": {name: _settings(method) for name, method in workspace.methods.items()},
+        "methods": {name: settings_of(method) for name, method in workspace.methods.items()},
         "versions": {
             **workspace.versions,
             "tdkit": __version__,
             "torch": str(torch.__version__),
         },
     }
+    # Only where it is another law than the usual one, so that older runs keep their identity.
+    laws = {m.name: m.penalty for m in workspace.metrics if m.penalty != "squares"}
+    if laws:
+        result["penalties"] = laws
     normal: dict[str, Any] = json.loads(json.dumps(result))
     return normal
 
@@ -201,7 +209,10 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [
         f"{key}: {_shown(before.get(key))} → {_shown(after.get(key))}"
         for key in {**before, **after}
-        if before.get(key) != after.get(key) and not (mixed and key.startswith("recipe.finetune"))
+        if before.get(key) != after.get(key)
+        and not (mixed and key.startswith("recipe.finetune"))
+        # Older runs have it; what it says stands under the methods as well.
+        and key != "recipe.options"
     ]
 
 
@@ -260,9 +271,9 @@ class _Rule:
         self.rule = workspace.recipe.rank_rule
         self.prepared: Prepared | None = None
         if self.rule == "best":
-            module = workspace.model.get_submodule(layer.name)
+            weights, evidence = ModuleWeights(workspace.model), Evidence(workspace.recipe.seed)
             with blamed(name, layer):
-                self.prepared = prepare(layer, module, name, self.method, workspace.recipe.seed)
+                self.prepared = prepare(layer, weights, name, self.method, evidence)
 
     def rank(self, keep: float) -> Rank | None:
         """The rank for a keep; None where the factorization would not be smaller."""
@@ -343,15 +354,6 @@ def _structure_hash(model: nn.Module) -> str:
     for name, module in model.named_modules(remove_duplicate=False):
         digest.update(f"{name} {type(module).__qualname__} {module.extra_repr()}\n".encode())
     return digest.hexdigest()
-
-
-def _settings(method: Decomposition) -> dict[str, bool | int | float | str]:
-    """What a method was created with, as far as it is plain: its defaults count as well."""
-    return {
-        key: value
-        for key, value in vars(method).items()
-        if not key.startswith("_") and isinstance(value, bool | int | float | str)
-    }
 
 
 def _flat(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

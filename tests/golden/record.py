@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from tdkit.compression.compress import Goal, apply_plan, make_plan
 from tdkit.compression.scoring import Grid, score
 from tdkit.compression.verification import dense_weight
-from tdkit.forward.inputs import one_sample, random_inputs
-from tdkit.layers.inventory import find_layers
+from tdkit.costs.base import total_cost
+from tdkit.costs.params import PARAMS
+from tdkit.forward.inputs import random_inputs
+from tdkit.layers.traced import TracedModel
 from tdkit.registry import load_registry, lookup, method_limits, resolve_methods, resolve_metrics
 from tdkit.study.store import Store
 from tdkit.study.trials import identity, plan_trials
@@ -38,21 +40,18 @@ def record(name: str) -> dict[str, Any]:
     """The scores of all candidates, and at three budgets the plan, its errors and its factors."""
     registry = load_registry()
     model, shape = _model(name, registry)
-    inputs = random_inputs(model, shape)
-    layers = find_layers(model, inputs=one_sample(inputs))
+    traced = TracedModel.of(model, random_inputs(model, shape))
     methods = resolve_methods(registry)
-    grid = Grid(
-        methods,
-        resolve_metrics(registry, ["relative-weights"]),
-        limits=method_limits(registry),
-    )
+    metrics = resolve_metrics(registry, ["relative-weights"])
+    grid = Grid(methods, metrics, limits=method_limits(registry))
     planner = lookup(registry.planners, "greedy", "planner").create()
-    candidates = score(model, layers, grid)
+    candidates = score(traced, grid)
+    total = total_cost(model, traced.layers, PARAMS)
+    specs = {layer.name: layer.spec for layer in traced.layers}
     plans = {}
     for budget in BUDGETS[name]:
-        plan = make_plan(model, layers, candidates, Goal(budget, calibration="none"), planner, 0)
-        result = apply_plan(model, plan, methods, layers=layers)
-        specs = {layer.name: layer.spec for layer in layers}
+        plan = make_plan(total, candidates, Goal(budget, calibration="none"), planner, grid)
+        result = apply_plan(TracedModel.of(model), plan, methods)
         plans[str(budget)] = [
             [
                 move.layer,
@@ -64,7 +63,11 @@ def record(name: str) -> dict[str, Any]:
             for move in result.plan.moves
         ]
     scores = [
-        [c.layer, c.method, c.rank, c.params_after, c.macs_after, c.errors["relative-weights"]]
+        [
+            *(c.layer, c.method, c.rank),
+            *(change and change.after for change in c.costs.values()),
+            c.errors["relative-weights"],
+        ]
         for c in candidates
     ]
     return {"plans": plans, "scores": scores}

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tdkit.decompositions.base import Rank
+from tdkit.metrics.base import penalties
 from tdkit.study.recipe import PublishedRecipe, StudyRecipe
 from tdkit.study.records import Measurement, Results, Stage, Trial
 from tdkit.study.report.conclusions import (
@@ -64,7 +65,8 @@ def analyse(
     good = [m for m in results.measurements if m.failure is None]
     again = _again(results, good, resamples, rng)
     stages: tuple[Stage, ...] = ("before", "after")
-    every = [_tabulate(stage, good, again, recipe.metrics) for stage in stages]
+    law = results.identity.get("penalties", {}).get(recipe.metrics[0], "squares")
+    every = [_tabulate(stage, good, again, recipe.metrics, law) for stage in stages]
     tables = [table for table in every if table is not None]
     keeps = _ordered({m.trial.keep for m in good}, sorted(recipe.keeps, reverse=True))
     focus = tuple(k for k in keeps if k in recipe.focus) or keeps
@@ -128,6 +130,7 @@ class _Table:
     again: NDArray[np.float32]  # the same on resampled images, (resamples, runs, n)
     saved: NDArray[np.int64]  # parameters, (n,)
     metrics: tuple[str, ...]
+    law: str  # by what the first error adds up over layers
     images: int
     dense: int  # wrong answers of the dense model
 
@@ -137,14 +140,10 @@ class _Table:
 
     @property
     def priority(self) -> Floats:
-        """The order of the planner's first move: squared error per parameter saved, (runs, n)."""
-        # Relative to the largest, as the planner does, so that no square under- or overflows.
-        errors = self.errors[0]
-        finite = errors[np.isfinite(errors)]
-        largest = (finite.max() if finite.size else 0.0) or 1.0
-        usable = np.isfinite(errors) & (self.saved > 0)
+        """The order of the planner's first move: penalty per parameter saved, (runs, n)."""
+        added = penalties(self.errors[0], self.law)
         # Planners pass over what saves nothing or has no finite error.
-        return np.where(usable, (errors / largest) ** 2 / np.maximum(self.saved, 1), np.nan)
+        return np.where(self.saved > 0, added / np.maximum(self.saved, 1), np.nan)
 
 
 _Key = tuple[str, str, float]
@@ -155,7 +154,11 @@ def _key(trial: Trial) -> _Key:
 
 
 def _tabulate(
-    stage: Stage, good: Sequence[Measurement], again: _Again, metrics: tuple[str, ...]
+    stage: Stage,
+    good: Sequence[Measurement],
+    again: _Again,
+    metrics: tuple[str, ...],
+    law: str,
 ) -> _Table | None:
     rows = {(_key(m.trial), m.trial.run): i for i, m in enumerate(good) if m.trial.stage == stage}
     if not rows:
@@ -178,6 +181,7 @@ def _tabulate(
         again=np.where(nothing, np.float32(np.nan), again.counts[:, places]),
         saved=np.array([_saved(good[first[key]]) for key in keys]),
         metrics=metrics,
+        law=law,
         images=again.images,
         dense=int(again.wrong[-1]),
     )

@@ -1,0 +1,214 @@
+"""``tdkit.compress``: the main job."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tdkit import arguments
+from tdkit.api import options
+from tdkit.api.compression import Compression, Ending, finish
+from tdkit.api.subject import Given, Model, Subject, open_subject
+from tdkit.compression.compress import Goal, compress_model
+from tdkit.compression.report import state_bytes
+from tdkit.compression.scoring import COMPRESSION_KEEPS, Grid
+from tdkit.forward.copying import refuse_uncopyable, shared_copy
+from tdkit.layers.traced import TracedModel
+from tdkit.layers.weights import ModuleWeights
+from tdkit.progress import Progress, listening
+from tdkit.recipes import Setting
+from tdkit.registry import (
+    load_registry,
+    lookup,
+    method_limits,
+    method_versions,
+    resolve_methods,
+)
+
+Settings = Mapping[str, Mapping[str, Setting]]
+"""By the name of a method keywords of its constructor."""
+
+
+def compress(
+    model: Model,
+    budget: float = options.BUDGET,
+    *,
+    cost: str = options.COST,
+    methods: str | Sequence[str] | None = None,
+    settings: Settings | None = None,
+    metric: str = options.METRIC,
+    planner: str = options.PLANNER,
+    calibration: str = options.CALIBRATION,
+    keeps: float | Sequence[float] | None = None,
+    layers: str | Sequence[str] = (),
+    include_ends: bool = False,
+    input_shape: str | Sequence[int] | None = None,
+    example_inputs: Any = None,
+    data: Any = None,
+    data_root: str | Path | None = None,
+    samples: int = options.SAMPLES,
+    arch: str | None = None,
+    weights: str | None = None,
+    allow_classes: str | Sequence[str] = (),
+    unsafe_load: bool = False,
+    device: str | None = None,
+    seed: int = options.SEED,
+    finetune: int | None = None,
+    learning_rate: float | None = None,
+    resume: str | Path | None = None,
+    output: str | Path | None = None,
+    format: str | None = None,
+    force: bool = False,
+    measure: bool = True,
+    batch_size: int = options.BATCH_SIZE,
+    inplace: bool = False,
+    progress: Progress | bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> Compression:
+    """Compress a trained model to a budget.
+
+    Example::
+
+        small = tdkit.compress(model, budget=0.5, input_shape=(3, 224, 224))
+        print(small.report)
+        small.save("small.pt")
+
+    Args:
+        model: A trained module, which stays as it is unless ``inplace``; a model file; or a
+            registered name.
+        budget: The fraction of the whole model's cost that may remain, in (0, 1].
+        cost: What the budget counts: ``params``, ``macs`` or a plugin's; MACs need the shape of
+            the input.
+        methods: Names of decompositions; by default each at the keeps where it is fast.
+        settings: Of methods: ``{"cp": {"sweeps": 20}}``.
+        metric: The error whose penalties, summed over layers, are kept small. Feature metrics
+            need ``data``.
+        planner: The name of the planner.
+        calibration: What BatchNorm is fitted to the compressed layers on: ``data``, ``noise``
+            images, ``none``, or ``auto``: data where there are some.
+        keeps: Fractions of a layer's parameters to consider.
+        layers: Shell patterns of layer names; all by default.
+        include_ends: Consider the first and the last layer too.
+        input_shape: The shape of one sample, without the batch axis. With it, or with
+            ``example_inputs``, the result is verified by a forward pass.
+        example_inputs: Arguments of a forward pass, for models that take other things than one
+            tensor of floats: a tensor, a tuple of arguments, a dict of keywords, nested in any
+            way; tensors of any shape.
+        data: Batches of model inputs, tensors of any shape, nested like ``example_inputs``; a
+            single tensor is one batch. Or a :class:`~tdkit.datasets.base.Dataset`, or the name of
+            one, ``NAME`` or ``NAME:PATH``: BatchNorm is then fitted on its training images, and
+            the accuracy on its test images is in the report.
+        data_root: Folder to look for data sets in first.
+        samples: Images of a data set to calibrate on and to measure features on.
+        arch: The architecture of a state_dict: a registered name or ``package.module:callable``.
+        weights: Weights of a registered model; ``none`` for random ones.
+        allow_classes: Classes of yours that the file may hold, each ``package.module:Class``.
+        unsafe_load: Run whatever code the file holds.
+        device: ``cpu``, ``cuda`` or ``auto``; a module stays where it is by default.
+        seed: Seeds every random start.
+        finetune: Fine-tune all layers afterwards for at most so many epochs, on ``data``.
+        learning_rate: Of the fine-tuning.
+        resume: Written after every epoch; where it exists, fine-tuning goes on from it.
+        output: Write the model there, and its plan beside it, before anything is measured.
+        format: Of that file; by its suffix if None.
+        force: Replace an existing file.
+        measure: Time the dense and the compressed model in turn, and measure their accuracy where
+            there are labelled test images. Without it a model from a file is compressed in place.
+        batch_size: Inputs of a timed pass.
+        inplace: Compress the module itself. Above the model it then takes a quarter of its size
+            and the largest layer's own work; nothing is timed.
+        progress: A callback, or True for a bar.
+        say: Called with each line on the progress of a fine-tuning.
+
+    Returns:
+        The compressed model with its plan and report. Layers that break the model when replaced
+        stay dense.
+
+    Raises:
+        UsageError: If an option is wrong or the budget is out of reach.
+        UnsupportedError: If the model cannot be copied, run or compressed.
+        TdkitError: Of the kind that fits what is wrong with a file.
+    """
+    start, registry = time.perf_counter(), load_registry()
+    wanted = None if methods is None else arguments.methods(methods)
+    record = lookup(registry.metrics, metric, "metric")
+    chooser = lookup(registry.planners, planner, "planner")
+    goal = Goal(
+        budget, lookup(registry.costs, cost, "cost").create(), record.create(), chooser.name
+    )
+    found = resolve_methods(registry, wanted, settings)
+    grid = Grid(
+        found,
+        [goal.metric],
+        COMPRESSION_KEEPS if keeps is None else arguments.keeps(keeps),
+        seed=arguments.seed(seed),
+        limits=method_limits(registry, wanted),
+        versions=method_versions(registry, found),
+    )
+    ending = Ending(finetune, learning_rate, resume, output, format, force, measure, batch_size)
+    given = Given(
+        arch,
+        weights,
+        allow_classes,
+        unsafe_load,
+        input_shape,
+        None if example_inputs is None else arguments.example(example_inputs),
+        data,
+        data_root,
+        device,
+        seed,
+    )
+    subject = open_subject(model, registry, given)
+    prepared = ending.prepare(subject, f"{subject.opened.name}-{goal.budget:g}", [model])
+    how = subject.settle(calibration)
+    patterns = arguments.names(layers, "layers")
+    with listening(progress) as update:
+        traced = trace(subject, patterns, not include_ends, inplace, measure)
+        before = state_bytes(traced.model)
+        result = compress_model(
+            traced,
+            grid,
+            Goal(goal.budget, goal.cost, goal.metric, goal.planner, how),
+            chooser.create(),
+            batches=subject.features(samples),
+            calibration=subject.calibration(how, samples),
+            progress=lambda done, total: update("scoring", done, total),
+        )
+        return finish(subject, traced, result, prepared, before, start, update, say)
+
+
+def trace(
+    subject: Subject,
+    patterns: Sequence[str],
+    keep_ends: bool,
+    inplace: bool,
+    measure: bool,
+) -> TracedModel:
+    """Look at a model once; the dense one stays at hand where it is to be measured.
+
+    Args:
+        subject: The model and what tells its inputs.
+        patterns: Shell patterns of the layers to consider.
+        keep_ends: Keep the first and the last layer dense.
+        inplace: Whether the caller gives the model away.
+        measure: Whether the dense model is needed to the end.
+
+    Raises:
+        UnsupportedError: If the model cannot be copied or run.
+    """
+    own = subject.owned or inplace
+    weights = None
+    if own and measure and not inplace:
+        # The dense model beside the compressed one takes no more than what is replaced.
+        refuse_uncopyable(subject.model)
+        weights = ModuleWeights(shared_copy(subject.model, own=list(subject.model.buffers())))
+    return TracedModel.of(
+        subject.model,
+        subject.inputs(),
+        patterns=patterns,
+        keep_ends=keep_ends,
+        inplace=own,
+        weights=weights,
+    )

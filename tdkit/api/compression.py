@@ -1,0 +1,343 @@
+"""What ``compress`` and ``apply`` share: the record that they return, and how they end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tdkit.api.files import Destination, write
+from tdkit.api.options import PATIENCE
+from tdkit.api.subject import Subject
+from tdkit.compression.compress import Compressed, larger_than_dense
+from tdkit.compression.plan import Plan
+from tdkit.compression.report import Report, measure, near_chance
+from tdkit.costs.uncounted import left_out, outside_macs
+from tdkit.errors import UsageError, option
+from tdkit.layers.inventory import Layer
+from tdkit.layers.spec import LayerSpec
+from tdkit.layers.traced import TracedModel
+from tdkit.layers.weights import ModuleWeights
+from tdkit.opening import Opened
+from tdkit.progress import Progress
+from tdkit.tables import Table, number, percent, sizes
+from tdkit.training.finetuning import Finetuning, Tuned
+from tdkit.training.settings import FinetuneSettings
+
+_CALIBRATED = {
+    "data": "BatchNorm is calibrated on training images",
+    "noise": "BatchNorm is calibrated on noise",
+    "none": "no BatchNorm is calibrated",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Compression:
+    """A compressed model, and everything that is known about how it came about.
+
+    Attributes:
+        model: The compressed model, of ordinary torch layers.
+        plan: The moves that it carries.
+        report: Totals before and after.
+        put_back: Why a layer that was to be replaced is dense after all, by name.
+        notes: What the user should know.
+        layers: All layers of the dense model.
+        structure: The stages that stand in for each replaced layer, by name.
+        errors: The relative error of each replaced layer's weight, by name.
+        verified: Whether a forward pass has compared it with its dense reconstruction.
+        calibration: What BatchNorm is fitted to the compressed layers on.
+        uncalibrated: Why it is not, where the plan asks for it.
+        seconds: How long it took.
+        written: The file that it was written to, where one was asked for.
+        opened: What it was made from.
+        training: What is known about the training of the model.
+    """
+
+    model: nn.Module
+    plan: Plan
+    report: Report
+    put_back: Mapping[str, str]
+    notes: tuple[str, ...]
+    layers: tuple[Layer, ...]
+    structure: Mapping[str, tuple[LayerSpec, ...]]
+    errors: Mapping[str, float]
+    verified: bool
+    calibration: str
+    uncalibrated: str | None
+    seconds: float
+    written: Destination | None
+    opened: Opened
+    training: Mapping[str, Any] | None
+
+    def save(self, path: str | Path, *, format: str | None = None, force: bool = False) -> Path:
+        """Write the model, and its plan beside it, for any machine to load.
+
+        Args:
+            path: Where to; the plan goes to ``{path}.plan.json``.
+            format: ``module``, ``state-dict``, ``safetensors``, ``onnx`` or ``pt2``; by the
+                suffix, else as the input was, if None.
+            force: Replace existing files.
+
+        Returns:
+            The model's path.
+
+        Raises:
+            UsageError: If the format is unknown or needs the shape of the input.
+            UnsupportedError: If the model cannot be written so.
+            StorageError: If the files cannot be written.
+        """
+        destination = Destination.of(self.opened, Path(path), "", format, force, ())
+        write(self, destination)
+        return destination.path
+
+    def __str__(self) -> str:
+        """What ``tdkit compress`` prints."""
+        parts = [str(self.moves())] if self.plan.moves else []
+        parts.append(str(self.report))
+        if self.plan.moves:
+            parts.append(_CALIBRATED[self.calibration])
+        return "\n\n".join(parts)
+
+    def _repr_html_(self) -> str:
+        moves = self.moves()._repr_html_() if self.plan.moves else ""
+        return moves + self.report._repr_html_()
+
+    def moves(self) -> Table:
+        """A row for each replaced layer: parameters before and after, and the relative error."""
+        dense = {layer.name: layer.parameters for layer in self.layers}
+        numbers = ("parameters", "after", "kept", "error")
+        rows = []
+        for move in self.plan.moves:
+            before = dense[move.layer]
+            after = sum(stage.parameters for stage in self.structure[move.layer])
+            counts = (number(before), number(after), percent(after, before))
+            error = f"{self.errors[move.layer]:.4f}"
+            rows.append((move.layer, move.method, sizes(move.rank), *counts, error))
+        return Table(("layer", "method", "rank", *numbers), tuple(rows), frozenset(numbers))
+
+    @property
+    def remark(self) -> str | None:
+        """What BatchNorm is calibrated on; None where nothing was replaced."""
+        return _CALIBRATED[self.calibration] if self.plan.moves else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as JSON values: the one object that ``tdkit compress --json`` prints."""
+        plan = self.plan.to_json()
+        moves = [{**m, "relative_error": self.errors[m["layer"]]} for m in plan["moves"]]
+        file = self.written
+        return {
+            **{key: plan[key] for key in ("budget", "cost", "metric", "planner", "seed")},
+            **self.report.to_json(),
+            "verified": self.verified,
+            "calibration": self.calibration,
+            "uncalibrated": self.uncalibrated,
+            "put_back": dict(self.put_back),
+            "seconds": round(self.seconds, 3),
+            "output": None if file is None else str(file.path),
+            "output_bytes": None if file is None else file.path.stat().st_size,
+            "plan": None if file is None else str(file.plan),
+            "settings": plan["settings"],
+            "versions": plan["versions"],
+            "moves": moves,
+        }
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What is to be done with a compressed model; see :func:`tdkit.compress`."""
+
+    finetune: int | None
+    learning_rate: float | None
+    resume: str | Path | None
+    output: str | Path | None
+    format: str | None
+    force: bool
+    measure: bool
+    batch_size: int
+
+    def prepare(
+        self, subject: Subject, default: str, inputs: Sequence[Any], seed: int | None = None
+    ) -> Prepared:
+        """Refuse, before any work, what could not be done at the end.
+
+        Args:
+            subject: The model and its data.
+            default: The name of the output without its suffix, where it has none.
+            inputs: Files that are never overwritten, and whatever else was handed in.
+            seed: Of the fine-tuning.
+
+        Raises:
+            UsageError: If an option is wrong, or the data do not fit the model.
+            StorageError: If an output could not be written.
+        """
+        files = [value for value in inputs if isinstance(value, str | Path)]
+        settings = self._settings()
+        subject.check_test()
+        destination = None
+        if self.output is not None:
+            path = Path(self.output)
+            destination = Destination.of(
+                subject.opened, path, default, self.format, self.force, files
+            )
+            destination.check()
+        elif self.format is not None:
+            Destination.of(subject.opened, None, default, self.format, self.force, files)
+        tuning = None
+        if settings is not None:
+            resume = None if self.resume is None else Path(self.resume)
+            tuning = Finetuning.of(
+                subject.model,
+                subject.opened.loaded.training,
+                subject.dataset,
+                settings,
+                subject_seed(subject, seed),
+                resume,
+                files,
+            )
+        return Prepared(self, destination, tuning)
+
+    def _settings(self) -> FinetuneSettings | None:
+        if self.finetune is not None:
+            return FinetuneSettings(self.finetune, self.learning_rate, patience=PATIENCE)
+        for key, value in (("learning_rate", self.learning_rate), ("resume", self.resume)):
+            if value is not None:
+                raise UsageError(
+                    f"{option(key)} belongs to fine-tuning",
+                    f"ask for it with {option('finetune', 1)}",
+                )
+        return None
+
+
+def subject_seed(subject: Subject, seed: int | None) -> int:
+    """The seed of a fine-tuning."""
+    return (seed or 0) % 2**63
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An ending that can be done: what it needs is there."""
+
+    ending: Ending
+    destination: Destination | None
+    tuning: Finetuning | None
+
+
+def finish(
+    subject: Subject,
+    traced: TracedModel,
+    result: Compressed,
+    prepared: Prepared,
+    bytes_before: int,
+    start: float,
+    progress: Progress,
+    say: Callable[[str], None],
+) -> Compression:
+    """Fine-tune a compressed model if asked to, write it, and measure it.
+
+    It is written first: whatever fails afterwards, a second Ctrl-C say, loses a table.
+
+    Args:
+        subject: The dense model and its data.
+        traced: What was compressed.
+        result: Its compression.
+        prepared: What is to be done with it.
+        bytes_before: Of the dense model's state_dict.
+        start: When the job started, in seconds.
+        progress: Called with the progress.
+        say: Called with each line of a fine-tuning.
+    """
+    ending, tuned, notes = prepared.ending, None, list(_notes(subject, traced, result))
+    if prepared.tuning is not None:
+        tuned = prepared.tuning.run(result.model, progress, say)
+        notes += tuned.notes
+    compression = Compression(
+        model=result.model,
+        plan=result.plan,
+        report=Report(result.costs, (bytes_before, bytes_before)),
+        put_back=result.put_back,
+        notes=(),
+        layers=result.layers,
+        structure=result.structure,
+        errors=result.errors,
+        verified=result.verified,
+        calibration=result.calibrated,
+        uncalibrated=result.uncalibrated,
+        seconds=0.0,
+        written=prepared.destination,
+        opened=subject.opened,
+        training=subject.opened.loaded.training if tuned is None else tuned.training,
+    )
+    if prepared.destination is not None:
+        write(compression, prepared.destination)
+    report, doubts = _measured(subject, traced, compression, bytes_before, ending, progress, tuned)
+    return replace(
+        compression,
+        report=report,
+        notes=(*doubts, *notes),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _measured(
+    subject: Subject,
+    traced: TracedModel,
+    compression: Compression,
+    bytes_before: int,
+    ending: Ending,
+    progress: Progress,
+    tuned: Tuned | None,
+) -> tuple[Report, list[str]]:
+    """The report, and what makes one doubt it."""
+    test = None if subject.dataset is None else subject.dataset.test
+    dense, inputs = _dense(traced), subject.timed(traced.inputs, ending.batch_size)
+    progress("measuring", 0, 0)
+    report = measure(
+        dense if ending.measure else None,
+        compression.model,
+        compression.report.costs,
+        bytes_before,
+        inputs=inputs if ending.measure else None,
+        test=test if ending.measure else None,
+    )
+    progress("measuring", 1, 1)
+    if tuned is not None:
+        report = replace(report, compressed=tuned.accuracy, finetuning=tuned.summary())
+    doubts = [report.untimed] if report.untimed is not None else []
+    if subject.dataset is not None and ending.measure:
+        if report.accuracy is None and dense is not None:
+            doubts.append(f"no accuracy: {subject.dataset.name} has no labelled test images")
+        doubt = near_chance(report, len(subject.dataset.classes))
+        doubts += [doubt] if doubt is not None else []
+    return report, doubts
+
+
+def _dense(traced: TracedModel) -> nn.Module | None:
+    """The dense model, where it is still there."""
+    held = traced.weights.model if isinstance(traced.weights, ModuleWeights) else None
+    return None if held is traced.model else held
+
+
+def _notes(subject: Subject, traced: TracedModel, result: Compressed) -> Sequence[str]:
+    """What the user should know about the model and its compression."""
+    notes = [*subject.opened.notes, *traced.notes]
+    notes += [f"{name} was put back: {reason}" for name, reason in result.put_back.items()]
+    if not result.plan.moves:
+        notes.append("nothing was replaced")
+    notes += [f"the plan makes the layer {name} larger" for name in larger_than_dense(result)]
+    dense = _dense(traced)
+    if traced.sample is not None and dense is not None:
+        told = left_out(outside_macs(dense, result.layers, traced.sample), result.layers)
+        notes += [told] if told is not None else []
+    if not result.verified:
+        undone = "verified, calibrated" if result.uncalibrated else "verified"
+        shape = option("input_shape", (3, 224, 224))
+        notes.append(f"not {undone} or timed: that takes {shape}")
+    elif result.uncalibrated is not None:
+        notes.append(f"BatchNorm is not calibrated: {result.uncalibrated}")
+    return notes
+
+

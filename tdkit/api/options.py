@@ -1,0 +1,34 @@
+"""What an option is when nobody says: every default is written here, once. Imports nothing heavy."""
+
+from __future__ import annotations
+
+BUDGET = 0.5
+"""The fraction of the model's cost that may remain."""
+
+COST = "params"
+METRIC = "relative-weights"
+PLANNER = "greedy"
+RULE = "best"
+
+CALIBRATION = "auto"
+"""What a plan says, else data where there are some, else noise."""
+
+SAMPLES = 512
+"""Inputs to calibrate on, and for metrics and methods that look at data."""
+
+SCORE_SAMPLES = 256
+"""Inputs for feature metrics where nothing but scores are asked for."""
+
+BATCH_SIZE = 32
+"""Inputs of a timed pass."""
+
+SEED = 0
+DEVICE = "auto"
+
+EPOCHS = 10
+"""Passes over the training images of a fine-tuning, at most."""
+
+PATIENCE = 5
+"""Epochs without a better validation accuracy after which a fine-tuning stops."""
+
+AUTOCAST = "none"

@@ -1,0 +1,201 @@
+"""``tdkit.score``: the approximation error of every candidate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tdkit import arguments
+from tdkit.api import options
+from tdkit.api.compress import Settings, trace
+from tdkit.api.subject import Given, Model, open_subject
+from tdkit.compression.compress import refuse_closed
+from tdkit.compression.scoring import PAPER_KEEPS, Grid
+from tdkit.compression.scoring import score as score_candidates
+from tdkit.costs.base import CALLS, total_cost
+from tdkit.files import atomic_write, check_writable
+from tdkit.planners.candidate import Candidate, to_json
+from tdkit.progress import Progress, listening
+from tdkit.registry import load_registry, lookup, method_versions, resolve_methods
+from tdkit.tables import Table, sizes
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scored candidates of a model.
+
+    Attributes:
+        candidates: All of them.
+        metrics: The errors that they have.
+        totals: What the whole model costs, by the name of each cost that is known.
+        grid: What was scored, and how.
+        model: What was scored: a file, a registered name or a class.
+        notes: What the user should know.
+    """
+
+    candidates: tuple[Candidate, ...]
+    metrics: tuple[str, ...]
+    totals: Mapping[str, int]
+    grid: Grid
+    model: str
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """A table for each metric."""
+        return "\n\n".join(f"{name}\n{self.table(name)}" for name in self.metrics)
+
+    def _repr_html_(self) -> str:
+        return "".join(f"<p>{m}</p>{self.table(m)._repr_html_()}" for m in self.metrics)
+
+    def table(self, metric: str) -> Table:
+        """A row for each candidate, with its error by one metric."""
+        rows, previous = [], None
+        for c in self.candidates:
+            name = c.layer if c.layer != previous else ""
+            previous = c.layer
+            error = f"{c.errors[metric]:.4g}"
+            rows.append((name, c.method, sizes(c.rank), f"{c.keep:.3f}", error))
+        columns = ("layer", "method", "rank", "keep", "error")
+        return Table(columns, tuple(rows), frozenset(("keep", "error")))
+
+    def to_json(self) -> dict[str, Any]:
+        """The candidates as JSON values."""
+        return {
+            "tdkit_scores": 1,
+            "model": self.model,
+            "rule": self.grid.rule,
+            "seed": self.grid.seed,
+            "candidates": [to_json(candidate) for candidate in self.candidates],
+        }
+
+    def save(self, path: str | Path, *, force: bool = False) -> Path:
+        """Write the candidates as JSON.
+
+        Args:
+            path: Where to.
+            force: Replace an existing file.
+
+        Raises:
+            StorageError: If it cannot be written.
+        """
+        with atomic_write(Path(path), force=force, inputs=[self.model]) as temporary:
+            temporary.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
+        return Path(path)
+
+
+def score(
+    model: Model,
+    metrics: str | Sequence[str] = options.METRIC,
+    *,
+    rule: str = options.RULE,
+    methods: str | Sequence[str] | None = None,
+    settings: Settings | None = None,
+    keeps: float | Sequence[float] | None = None,
+    layers: str | Sequence[str] = (),
+    include_ends: bool = False,
+    input_shape: str | Sequence[int] | None = None,
+    example_inputs: Any = None,
+    data: Any = None,
+    data_root: str | Path | None = None,
+    samples: int = options.SCORE_SAMPLES,
+    arch: str | None = None,
+    weights: str | None = None,
+    allow_classes: str | Sequence[str] = (),
+    unsafe_load: bool = False,
+    device: str | None = None,
+    seed: int = options.SEED,
+    output: str | Path | None = None,
+    force: bool = False,
+    progress: Progress | bool = False,
+) -> Scores:
+    """Score every layer, method and keep.
+
+    Args:
+        model: A module, which stays as it is; a model file; or a registered name.
+        metrics: Names of approximation errors; those of features need ``data``.
+        rule: ``best`` or ``proportional``, see
+            :meth:`tdkit.decompositions.base.Prepared.rank`.
+        methods: Names of decompositions; all of them by default.
+        settings: Of methods: ``{"cp": {"sweeps": 20}}``.
+        keeps: Fractions of a layer's parameters; those of the paper by default.
+        layers: Shell patterns of layer names; all by default.
+        include_ends: Score the first and the last layer too.
+        input_shape: See :func:`compress`, as for all that follows.
+        example_inputs: Arguments of a forward pass, tensors of any shape.
+        data: Batches of model inputs, tensors of any shape, or a data set.
+        data_root: Folder to look for data sets in first.
+        samples: Images of a data set to measure features on.
+        arch: The architecture of a state_dict.
+        weights: Weights of a registered model.
+        allow_classes: Classes of yours that the file may hold.
+        unsafe_load: Run whatever code the file holds.
+        device: Where to work.
+        seed: Seeds every random start.
+        output: Write the candidates there as JSON.
+        force: Replace an existing file.
+        progress: A callback, or True for a bar.
+
+    Raises:
+        UsageError: If an option is wrong, or data are missing.
+        UnsupportedError: If the model cannot be copied or run, or no layer can be compressed.
+        TdkitError: Of the kind that fits what is wrong with a file.
+    """
+    registry = load_registry()
+    names = arguments.names(metrics, "metrics")
+    found = [lookup(registry.metrics, name, "metric") for name in names]
+    wanted = list(registry.decompositions) if methods is None else arguments.methods(methods)
+    chosen = resolve_methods(registry, wanted, settings)
+    grid = Grid(
+        chosen,
+        [record.create() for record in found],
+        PAPER_KEEPS if keeps is None else arguments.keeps(keeps),
+        rule,
+        arguments.seed(seed),
+        costs=[record.create() for record in registry.costs.values()],
+        versions=method_versions(registry, chosen),
+    )
+    given = Given(
+        arch,
+        weights,
+        allow_classes,
+        unsafe_load,
+        input_shape,
+        None if example_inputs is None else arguments.example(example_inputs),
+        data,
+        data_root,
+        device,
+        seed,
+    )
+    subject = open_subject(model, registry, given)
+    source = subject.opened.loaded.source
+    if output is not None:
+        check_writable(Path(output), force=force, inputs=[source])
+    with listening(progress) as update:
+        patterns = arguments.names(layers, "layers")
+        traced = trace(subject, patterns, not include_ends, inplace=False, measure=False)
+        refuse_closed(traced.layers)
+        candidates = score_candidates(
+            traced,
+            grid,
+            batches=subject.features(samples),
+            progress=lambda done, total: update("scoring", done, total),
+        )
+    known = all(layer.calls is not None for layer in traced.layers)
+    scores = Scores(
+        candidates=tuple(candidates),
+        metrics=tuple(record.name for record in found),
+        totals={
+            cost.name: total_cost(traced.model, traced.layers, cost)
+            for cost in grid.costs
+            if known or CALLS not in cost.needs
+        },
+        grid=grid,
+        model=source,
+        notes=(*subject.opened.notes, *traced.notes),
+    )
+    if output is not None:
+        scores.save(output, force=force)
+    return scores
