@@ -71,7 +71,16 @@ def load_recipe(path: Path, cls: type[T]) -> T:
 
 
 def parse_recipe(text: str, cls: type[T], source: str) -> T:
-    """Do what :func:`load_recipe` does with the text of a file; ``source`` is its name."""
+    """Do what :func:`load_recipe` does with the text of a file.
+
+    Args:
+        text: The TOML.
+        cls: See :func:`load_recipe`.
+        source: What the text is called in messages.
+
+    Raises:
+        UsageError: As for :func:`load_recipe`.
+    """
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

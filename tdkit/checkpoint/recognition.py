@@ -53,7 +53,7 @@ def recognise(
     Args:
         models: The registered models.
         structure: What stands in the place of replaced layers.
-        state: The state dict.
+        state: The state dict; its tensors may have any shape.
         path: The file, for messages.
 
     Raises:
@@ -76,7 +76,7 @@ def may_be(name: str, state: Mapping[str, Tensor]) -> bool:
 
     Args:
         name: The registered name.
-        state: The state dict.
+        state: The state dict; its tensors may have any shape.
     """
     sign = next((sign for family, sign in _SIGNS.items() if name.startswith(family)), None)
     return sign is None or any(sign in key for key in state)

@@ -55,6 +55,10 @@ class Split(Protocol):
         Yields:
             Standardised images, float32 of shape (batch, channels, height, width), and labels,
             int64 of shape (batch,); -1 stands for each label of an unlabelled split.
+
+        Raises:
+            UsageError: If the batch size is not positive, or augmentation lacks a generator.
+            UnreadableFileError: If an image cannot be read.
         """
 
     def subset(self, index: Tensor) -> Split:
@@ -118,7 +122,14 @@ class TensorSplit:
         augment: bool = False,
         limit: int | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield standardised batches; see :meth:`Split.batches`."""
+        """Yield standardised batches; see :meth:`Split.batches`.
+
+        Yields:
+            Images, float32 of shape (batch, channels, height, width), and labels, int64 (batch,).
+
+        Raises:
+            UsageError: If the batch size is not positive, or augmentation lacks a generator.
+        """
         if augment and generator is None:
             raise UsageError("augmentation is random and needs a torch.Generator")
         for index in batches_of(image_order(len(self), generator, limit), batch_size):
@@ -185,6 +196,13 @@ def image_order(count: int, generator: torch.Generator | None, limit: int | None
 def batches_of(positions: Tensor, batch_size: int) -> Iterator[Tensor]:
     """Cut positions into batches; the last one may be smaller.
 
+    Args:
+        positions: Of images, int64 (n,).
+        batch_size: Images per batch.
+
+    Yields:
+        Positions, (batch,).
+
     Raises:
         UsageError: The batch size is not positive.
     """
@@ -250,7 +268,7 @@ def stratified_split(
         generator: Source of the choice.
 
     Returns:
-        The remaining and the chosen positions, both sorted.
+        The remaining and the chosen positions, int64 (n - size,) and (size,), both sorted.
     """
     counts = torch.bincount(labels)
     share = counts * size
@@ -289,7 +307,11 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
 
 
 def fingerprint(*tensors: Tensor) -> str:
-    """Return the SHA-256 of the contents, dtypes and shapes of tensors, in hexadecimal."""
+    """Return the SHA-256 of the contents, dtypes and shapes of tensors, in hexadecimal.
+
+    Args:
+        tensors: On the CPU, of any shape.
+    """
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())

@@ -74,7 +74,7 @@ def read_idx(path: Path) -> Tensor:
         path: The file; gzip is assumed when its name ends in ``.gz``.
 
     Returns:
-        uint8 with the shape of the header.
+        uint8 of any shape: that of the header.
 
     Raises:
         UnreadableFileError: The file cannot be read, is not IDX, or is too short or too long.

@@ -70,7 +70,11 @@ class FolderSplit:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield standardised batches; see :meth:`tdkit.datasets.base.Split.batches`.
 
+        Yields:
+            Images, float32 of shape (batch, channels, height, width), and labels, int64 (batch,).
+
         Raises:
+            UsageError: The batch size is not positive, or augmentation lacks a generator.
             UnreadableFileError: A file is no image that can be decoded.
         """
         if augment and generator is None:

@@ -92,6 +92,9 @@ def build(file: Path = FILE, root: Path | None = None) -> None:
     Args:
         file: Where to write.
         root: A folder that holds the full data set; see :mod:`tdkit.datasets.locate`.
+
+    Raises:
+        UnreadableFileError: If the full data set is not there, or is damaged.
     """
     from tdkit.datasets import fashion_mnist
 

@@ -55,6 +55,9 @@ def create(in_channels: int = 1, num_classes: int = 10) -> nn.Sequential:
 def fashion_mnist_weights() -> dict[str, Tensor]:
     """Read the bundled weights, trained by ``recipes/garipov-fashion-mnist.toml``.
 
+    Returns:
+        A state dict: kernels (out, in, height, width), matrices (out, in) and biases (out,).
+
     Raises:
         UnreadableFileError: The file is missing or damaged.
     """

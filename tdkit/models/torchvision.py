@@ -178,6 +178,9 @@ def published_weights(name: str) -> dict[str, Tensor]:
     Args:
         name: torchvision's name, one of :data:`NAMES`.
 
+    Returns:
+        A state dict; its tensors have any shape.
+
     Raises:
         UnreadableFileError: There is no network, or the file is damaged.
     """

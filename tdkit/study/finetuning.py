@@ -73,6 +73,9 @@ def training_images(dataset: Dataset, recipe: FinetuneRecipe, seed: int) -> Data
         dataset: Labelled images.
         recipe: Says how many; they have the class shares of all training images.
         seed: Of the choice.
+
+    Raises:
+        UsageError: If the data set has no labelled images to train and to validate on.
     """
     split, _ = trainable_splits(dataset)
     if recipe.images is None or recipe.images >= len(split):

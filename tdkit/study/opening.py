@@ -88,7 +88,14 @@ class NamedStudy:
         return self.open(load_registry())[0]
 
     def open(self, registry: Registry) -> tuple[Workspace, LoadedModel]:
-        """The study, and what its model file held."""
+        """The study, and what its model file held.
+
+        Args:
+            registry: Everything that can be named.
+
+        Raises:
+            TdkitError: As for calling it.
+        """
         source = replace(self.source, model=self._path(self.source.model))
         name, colon, path = self.data.partition(":")
         data = f"{name}{colon}{self._path(path)}" if path else self.data
@@ -165,7 +172,12 @@ class ObjectStudy:
         return cls(named.recipe, digest, pickled, shape or data.input_shape, named.adaptation)
 
     def __call__(self) -> Workspace:
-        """Open the study."""
+        """Open the study.
+
+        Raises:
+            UsageError: If a name is unknown, or a split or setting is not there.
+            UnsupportedError: If the model does not run on the data.
+        """
         from tdkit.registry import load_registry
 
         model, dataset = pickle.loads(self.pickled)  # what this class has pickled itself

@@ -243,7 +243,14 @@ class StudyRecipe:
 
 
 def bundled_recipe(name: str = "quick") -> StudyRecipe:
-    """A recipe that comes with tdkit."""
+    """A recipe that comes with tdkit.
+
+    Args:
+        name: Of its file, without the suffix.
+
+    Raises:
+        UnreadableFileError: If there is none of that name.
+    """
     return load_recipe(BUNDLED / f"{name}.toml", StudyRecipe)
 
 

@@ -160,7 +160,12 @@ class Store:
         return _baseline(self._connection)
 
     def set_baseline(self, baseline: Baseline) -> None:
-        """Store what the dense model does, for good."""
+        """Store what the dense model does, for good.
+
+        Raises:
+            StorageError: If the folder cannot be used, or the disk is full.
+            UnreadableFileError: If its file is damaged.
+        """
         b = baseline
         row = (b.correct, b.images, b.labelled, b.params, b.macs, json.dumps(b.layers))
         with self._transaction():
@@ -168,12 +173,22 @@ class Store:
             self._execute("INSERT INTO baseline VALUES (?, ?, ?, ?, ?, ?)", row)
 
     def finished(self) -> dict[Trial, Measurement]:
-        """The trials of the plan that have been measured, in its order, failed ones included."""
+        """The trials of the plan that have been measured, in its order, failed ones included.
+
+        Raises:
+            StorageError: If the folder cannot be used.
+            UnreadableFileError: If its file is damaged.
+        """
         with _explained(self.folder):
             return {m.trial: m for m in _measurements(self._connection)}
 
     def progress(self) -> Progress:
-        """How far the run has come."""
+        """How far the run has come.
+
+        Raises:
+            StorageError: If the folder cannot be used.
+            UnreadableFileError: If its file is damaged.
+        """
         with _explained(self.folder):
             return _progress(self._connection)
 
@@ -184,12 +199,17 @@ class Store:
 
         Raises:
             StorageError: If the disk is full or the folder read-only; nothing stored is lost.
+            UnreadableFileError: If the file in the folder is damaged.
         """
         with self._transaction():
             self._connection.executemany(_ADD, [_row(m) for m in measurements])
 
     def results(self) -> Results:
-        """All that the folder holds."""
+        """All that the folder holds.
+
+        Raises:
+            UnreadableFileError: If nothing has been measured yet.
+        """
         return _results(self._connection, self.folder)
 
     @contextmanager

@@ -55,7 +55,11 @@ class Resume:
         return result
 
     def write(self, state: TrainingState) -> None:
-        """Keep the state of a training in the place of the one before."""
+        """Keep the state of a training in the place of the one before.
+
+        Raises:
+            StorageError: If the file cannot be written.
+        """
         import torch
 
         from tdkit.checkpoint import atomic_write

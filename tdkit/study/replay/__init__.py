@@ -17,7 +17,7 @@ flow, weights that are read without calling their module), full passes give the 
 """
 
 from tdkit.study.replay.following import Watch
-from tdkit.study.replay.logits import reason_of
-from tdkit.study.replay.session import dense_predictions, predictions, replaced_predictions
+from tdkit.study.replay.logits import dense_predictions, reason_of
+from tdkit.study.replay.session import predictions, replaced_predictions
 
 __all__ = ["Watch", "dense_predictions", "predictions", "reason_of", "replaced_predictions"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -12,11 +12,37 @@ from torch.utils import _pytree as pytree
 
 from tdkit.errors import TdkitError, UnsupportedError, UsageError, first_line
 from tdkit.forward.inputs import copies
+from tdkit.forward.trial import trial
 
 # Powers of the precision: by how much two passes of a deterministic model may differ (some CUDA
 # kernels add up in any order), and how closely a replay has to agree with a full pass.
 _DETERMINISTIC = 0.5
 _REPLAYED = 0.75
+
+
+def dense_predictions(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
+    """The classes that a model predicts, without any layer replaced.
+
+    Args:
+        model: The model; it runs in eval mode.
+        batches: Its inputs, (batch, ...).
+
+    Returns:
+        The classes, int64 (n,) on the CPU; -1 for logits with a NaN.
+
+    Raises:
+        UnsupportedError: If the model does not run on the inputs, gives another output each time,
+            or none of shape (batch, classes).
+        UsageError: If there are no inputs.
+    """
+    found: list[Tensor] = []
+    for batch in batches:
+        with trial(model):
+            logits = logits_of(model, batch)
+            if not found:
+                refuse_random(logits, logits_of(model, batch))
+            found.append(classes(logits))
+    return joined(found).cpu()
 
 
 def logits_of(model: nn.Module, batch: Tensor) -> Tensor:

@@ -31,7 +31,11 @@ class Player:
     def call(
         self, module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """What the step says, up to the layer's first call."""
+        """What the step says, up to the layer's first call.
+
+        Raises:
+            RuntimeError: If the model does something else than the steps say.
+        """
         if self.done:
             return forward(*args, **kwargs)
         step = next(self._steps)

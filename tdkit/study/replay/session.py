@@ -68,6 +68,19 @@ def replaced_predictions(
     """What :func:`predictions` gives for the stand-ins, where the dense model is of no interest.
 
     What ran before the layer is then remembered in a stand-in's pass.
+
+    Args:
+        model: As for :func:`predictions`, like all others.
+        layer: The layer to replace.
+        stand_ins: What to put in its place.
+        batches: Inputs of the model, (batch, ...).
+
+    Returns:
+        For each stand-in the predicted classes, int64 (n,) on the CPU, or why there are none.
+
+    Raises:
+        UnsupportedError: If the dense model cannot be measured.
+        UsageError: If there are no inputs.
     """
     session = _Session(model, layer, stand_ins)
     with session.following():
@@ -75,18 +88,6 @@ def replaced_predictions(
             with trial(model):
                 session.measure(batch, dense=False)
     return session.found()
-
-
-def dense_predictions(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
-    """The classes that a model predicts, int64 (n,) on the CPU; see :func:`predictions`."""
-    found: list[Tensor] = []
-    for batch in batches:
-        with trial(model):
-            logits = logits_of(model, batch)
-            if not found:
-                refuse_random(logits, logits_of(model, batch))
-            found.append(classes(logits))
-    return joined(found).cpu()
 
 
 @dataclass(frozen=True)
