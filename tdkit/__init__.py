@@ -11,22 +11,56 @@ from typing import TYPE_CHECKING, Any
 from tdkit.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from tdkit.api import apply, compress, load, validate
+    from tdkit.api.apply import apply
+    from tdkit.api.compress import compress
+    from tdkit.api.compression import Compression
+    from tdkit.api.factorize import Factorization, factorize
+    from tdkit.api.files import load, save
+    from tdkit.api.finetune import Finetuned, finetune
+    from tdkit.api.inspect import Inspection, inspect
+    from tdkit.api.plan import plan
+    from tdkit.api.plugins import plugins
+    from tdkit.api.report import Study, report
+    from tdkit.api.score import Scores, score
+    from tdkit.api.train import Trained, train
+    from tdkit.api.validate import validate
     from tdkit.compression.plan import Move, Plan
+    from tdkit.compression.report import Report
     from tdkit.errors import TdkitError
-
-__all__ = ["Move", "Plan", "TdkitError", "apply", "compress", "load", "validate"]
 
 # Resolved on first use: `tdkit --help` must not wait for torch.
 _HOMES = {
-    "apply": "tdkit.api",
-    "compress": "tdkit.api",
-    "load": "tdkit.api",
-    "validate": "tdkit.api",
+    "Compression": "tdkit.api.compression",
+    "Factorization": "tdkit.api.factorize",
+    "Finetuned": "tdkit.api.finetune",
+    "Inspection": "tdkit.api.inspect",
     "Move": "tdkit.compression.plan",
     "Plan": "tdkit.compression.plan",
+    "Report": "tdkit.compression.report",
+    "Scores": "tdkit.api.score",
+    "Study": "tdkit.api.report",
     "TdkitError": "tdkit.errors",
+    "Trained": "tdkit.api.train",
+    "apply": "tdkit.api.apply",
+    "compress": "tdkit.api.compress",
+    "factorize": "tdkit.api.factorize",
+    "finetune": "tdkit.api.finetune",
+    "inspect": "tdkit.api.inspect",
+    "load": "tdkit.api.files",
+    "plan": "tdkit.api.plan",
+    "plugins": "tdkit.api.plugins",
+    "report": "tdkit.api.report",
+    "save": "tdkit.api.files",
+    "score": "tdkit.api.score",
+    "train": "tdkit.api.train",
+    "validate": "tdkit.api.validate",
 }
+
+__all__ = [
+    "Compression", "Factorization", "Finetuned", "Inspection", "Move", "Plan", "Report", "Scores",
+    "Study", "TdkitError", "Trained", "apply", "compress", "factorize", "finetune", "inspect",
+    "load", "plan", "plugins", "report", "save", "score", "train", "validate",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

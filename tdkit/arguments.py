@@ -28,9 +28,7 @@ def names(value: object, key: str) -> tuple[str, ...]:
         return (value,)
     found = tuple(value) if isinstance(value, Iterable) else (value,)
     if not all(isinstance(name, str) for name in found):
-        raise UsageError(
-            f"{key}={_shown(value)} is no list of names", f'write {key}=["…", "…"]'
-        )
+        raise UsageError(f"{key}={_shown(value)} is no list of names", f'write {key}=["…", "…"]')
     return found
 
 

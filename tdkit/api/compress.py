@@ -111,7 +111,8 @@ def compress(
         finetune: Fine-tune all layers afterwards for at most so many epochs, on ``data``.
         learning_rate: Of the fine-tuning.
         resume: Written after every epoch; where it exists, fine-tuning goes on from it.
-        output: Write the model there, and its plan beside it, before anything is measured.
+        output: Write the model there, and its plan beside it, before anything is measured;
+            ``auto`` makes a name from the model's, in the current folder.
         format: Of that file; by its suffix if None.
         force: Replace an existing file.
         measure: Time the dense and the compressed model in turn, and measure their accuracy where

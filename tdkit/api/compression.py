@@ -339,5 +339,3 @@ def _notes(subject: Subject, traced: TracedModel, result: Compressed) -> Sequenc
     elif result.uncalibrated is not None:
         notes.append(f"BatchNorm is not calibrated: {result.uncalibrated}")
     return notes
-
-

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from tdkit import arguments
 from tdkit.api import options
 from tdkit.calibration.moments import input_moments
-from tdkit.compression.scoring import blamed, factorize as factorized, prepare
+from tdkit.compression.scoring import blamed, prepare
+from tdkit.compression.scoring import factorize as factorized
 from tdkit.decompositions.base import Rank, count
 from tdkit.errors import UnsupportedError, UsageError, option
 from tdkit.forward.inputs import Inputs

@@ -126,7 +126,7 @@ def finetune(
         epochs,
         learning_rate,
         batch_size,
-        optimizer,  # type: ignore[arg-type] - whether it is one is checked there
+        optimizer,  # type: ignore[arg-type]
         patience,
         autocast,  # type: ignore[arg-type]
     )

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tdkit import arguments
-from tdkit.api.compress import trace
 from tdkit.api.subject import Given, Model, open_subject
 from tdkit.compression.scoring import unsupported_by_all
 from tdkit.costs.uncounted import left_out, outside_macs
 from tdkit.layers.counting import model_parameters
 from tdkit.layers.inventory import Layer
+from tdkit.layers.traced import TracedModel
 from tdkit.registry import load_registry, resolve_methods
 from tdkit.tables import Table, number, sizes
 
@@ -57,7 +57,9 @@ class Inspection:
         """A row for each layer."""
         numbers = ("parameters", "MACs")
         rows = tuple(map(_row, self.layers))
-        return Table(("layer", "kind", "weight", *numbers, "compressible"), rows, frozenset(numbers))
+        return Table(
+            ("layer", "kind", "weight", *numbers, "compressible"), rows, frozenset(numbers)
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON values."""
@@ -113,7 +115,13 @@ def inspect(
     )
     subject = open_subject(model, registry, given)
     patterns = arguments.names(layers, "layers")
-    traced = trace(subject, patterns, not include_ends, inplace=False, measure=False)
+    traced = TracedModel.of(
+        subject.model,
+        subject.inputs(),
+        patterns=patterns,
+        keep_ends=not include_ends,
+        readonly=True,
+    )
     methods = resolve_methods(registry, list(registry.decompositions))
     found = [replace(x, reason=x.reason or unsupported_by_all(x, methods)) for x in traced.layers]
     sample = traced.sample

@@ -1,4 +1,4 @@
-"""What an option is when nobody says: every default is written here, once. Imports nothing heavy."""
+"""What an option is when nobody says: every default is written here, once, without torch."""
 
 from __future__ import annotations
 

@@ -61,7 +61,5 @@ def plan(
     total = model.totals.get(goal.cost.name)
     if total is None or not all(goal.metric.name in c.errors for c in model.candidates):
         there = f"they have {', '.join(model.totals)} and {', '.join(model.metrics)}"
-        raise UsageError(
-            f"the scores have no {goal.cost.name} or no {goal.metric.name}", there
-        )
+        raise UsageError(f"the scores have no {goal.cost.name} or no {goal.metric.name}", there)
     return make_plan(total, model.candidates, goal, chooser.create(), model.grid)

@@ -79,9 +79,7 @@ def report(run: str | Path, *, output: str | Path | None = None) -> Study:
     return conclude(results, recipe, folder if output is None else Path(output), write=True)
 
 
-def conclude(
-    results: Results, recipe: StudyRecipe, folder: Path | None, *, write: bool
-) -> Study:
+def conclude(results: Results, recipe: StudyRecipe, folder: Path | None, *, write: bool) -> Study:
     """Draw the conclusions, and write the report where that is asked for.
 
     Args:

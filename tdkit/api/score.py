@@ -11,6 +11,7 @@ from typing import Any
 from tdkit import arguments
 from tdkit.api import options
 from tdkit.api.compress import Settings, trace
+from tdkit.api.files import DEFAULT
 from tdkit.api.subject import Given, Model, open_subject
 from tdkit.compression.compress import refuse_closed
 from tdkit.compression.scoring import PAPER_KEEPS, Grid
@@ -34,6 +35,7 @@ class Scores:
         grid: What was scored, and how.
         model: What was scored: a file, a registered name or a class.
         notes: What the user should know.
+        written: The file that they were written to, where one was asked for.
     """
 
     candidates: tuple[Candidate, ...]
@@ -42,6 +44,7 @@ class Scores:
     grid: Grid
     model: str
     notes: tuple[str, ...] = ()
+    written: Path | None = None
 
     def __str__(self) -> str:
         """A table for each metric."""
@@ -134,7 +137,7 @@ def score(
         unsafe_load: Run whatever code the file holds.
         device: Where to work.
         seed: Seeds every random start.
-        output: Write the candidates there as JSON.
+        output: Write the candidates there as JSON; ``auto`` makes a name from the model's.
         force: Replace an existing file.
         progress: A callback, or True for a bar.
 
@@ -171,8 +174,9 @@ def score(
     )
     subject = open_subject(model, registry, given)
     source = subject.opened.loaded.source
-    if output is not None:
-        check_writable(Path(output), force=force, inputs=[source])
+    path = _path(output, subject.opened.name)
+    if path is not None:
+        check_writable(path, force=force, inputs=[source])
     with listening(progress) as update:
         patterns = arguments.names(layers, "layers")
         traced = trace(subject, patterns, not include_ends, inplace=False, measure=False)
@@ -195,7 +199,14 @@ def score(
         grid=grid,
         model=source,
         notes=(*subject.opened.notes, *traced.notes),
+        written=path,
     )
-    if output is not None:
-        scores.save(output, force=force)
+    if path is not None:
+        scores.save(path, force=force)
     return scores
+
+
+def _path(output: str | Path | None, name: str) -> Path | None:
+    if output is None:
+        return None
+    return Path(f"{name}-scores.json") if str(output) == DEFAULT else Path(output)

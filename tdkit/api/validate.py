@@ -121,9 +121,7 @@ def validate(
     )
     wanted = _batched(replace(wanted, finetune=None) if no_finetune else wanted, batch_size)
     adaptation = _adaptation(asked, batch_size, methods)
-    source = _source(
-        wanted, arch, weights, allow_classes, unsafe_load, input_shape, device, model
-    )
+    source = _source(wanted, arch, weights, allow_classes, unsafe_load, input_shape, device, model)
     root = None if data_root is None else Path(data_root)
     named = NamedStudy(wanted, _name_of_data(wanted, data), source, root, adaptation)
     objects = _is_object(model) or _is_object(data)
@@ -350,10 +348,9 @@ def _measure(
             progress=lambda done, total: update(title, done, total),
             note=note,
         )
-    except BaseException as stop:
-        # Whoever answers a signal may say how far it came.
+    except BaseException:
         now = store.progress()
-        stop.measured = f"{now.measured} of {now.planned} measured"  # type: ignore[attr-defined]
+        note(f"{now.measured} of {now.planned} measured; started again, it goes on")
         raise
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
+from tdkit.api import options as defaults
 from tdkit.cli import options
-from tdkit.errors import UnsupportedError
 
 
 def apply(
@@ -21,6 +19,7 @@ def apply(
         typer.Option("--output", "-o", help="Where the model goes; MODEL-PLAN.pt if unset."),
     ] = None,
     format: options.Format = None,
+    set: options.Set = None,
     arch: options.Arch = None,
     weights: options.Weights = None,
     allow_class: options.AllowClass = None,
@@ -28,13 +27,13 @@ def apply(
     input_shape: options.InputShape = None,
     data: options.Data = None,
     data_root: options.DataRoot = None,
-    calibrate: options.Calibrate = "auto",
-    samples: options.Samples = 512,
+    calibration: options.Calibration = defaults.CALIBRATION,
+    samples: options.Samples = defaults.SAMPLES,
     finetune: options.Finetune = None,
     learning_rate: options.LearningRate = None,
     resume: options.Resume = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Batch of the latency runs.")] = 32,
-    device: options.Device = "auto",
+    batch_size: options.BatchSize = defaults.BATCH_SIZE,
+    device: options.Device = defaults.DEVICE,
     json: options.Json = False,
     force: options.Force = False,
 ) -> None:
@@ -42,51 +41,37 @@ def apply(
 
     Example: `tdkit apply plan.json garipov -o small.pt`
     """
-    from tdkit.cli.common import (
-        Source,
-        calibration_batches,
-        check_test,
-        open_registry,
-        open_with_data,
-        settle_calibration,
-    )
-    from tdkit.cli.finish import Destination, finish, plan_title
-    from tdkit.cli.fitting import Finetuning, asked_for
-    from tdkit.compression.compress import apply_plan
-    from tdkit.compression.plan import read_plan
-    from tdkit.registry import resolve_methods
+    import tdkit
+    from tdkit.cli.display import remark, say
+    from tdkit.cli.parsing import parse_settings
+    from tdkit.cli.stopping import resumable
+    from tdkit.cli.telling import tell_compression, tell_unused_plugins
 
-    start = time.perf_counter()
-    wishes = asked_for(finetune, learning_rate, resume)
-    registry = open_registry()
-    wanted = read_plan(plan)
-    methods = resolve_methods(registry, sorted({move.method for move in wanted.moves}))
-    classes = allow_class or ()
-    # The plan's seed, so that random weights are those that the plan was made for.
-    source = Source(
-        model, arch, weights, classes, unsafe_load, input_shape, device, seed=wanted.seed
-    )
-    opened, dataset = open_with_data(source, registry, data, data_root)
-    check_test(opened, dataset)
-    default = f"{opened.name}-{plan_title(plan)}"
-    destination = Destination.of(opened, output, default, format, force, inputs=[model, plan])
-    destination.check()
-    tuning = None
-    if wishes is not None:
-        seed = wanted.seed % 2**63
-        tuning = Finetuning.of(opened, dataset, wishes, seed, resume, inputs=[model, plan])
-    how = settle_calibration(calibrate, dataset, wanted.calibration)
-    result = apply_plan(
-        opened.model,
-        replace(wanted, calibration=how),
-        methods,
-        inputs=opened.inputs(),
-        calibration=calibration_batches(how, dataset, samples, opened.model),
-    )
-    if result.put_back and not result.plan.moves:
-        name, reason = next(iter(result.put_back.items()))
-        raise UnsupportedError(
-            f"no layer of the plan can be replaced; {name}: {reason}",
-            "tdkit inspect shows which layers can",
+    settings = parse_settings(set)
+    tell_unused_plugins()
+    with resumable(resume, finetune is not None):
+        result = tdkit.apply(
+            plan,
+            model,
+            settings=settings,
+            calibration=calibration,
+            input_shape=input_shape,
+            data=data,
+            data_root=data_root,
+            samples=samples,
+            arch=arch,
+            weights=weights,
+            allow_classes=allow_class or (),
+            unsafe_load=unsafe_load,
+            device=device,
+            finetune=finetune,
+            learning_rate=learning_rate,
+            resume=resume,
+            output=output or "auto",
+            format=format,
+            force=force,
+            batch_size=batch_size,
+            progress=True,
+            say=remark if json else say,
         )
-    finish(opened, result, destination, dataset, tuning, batch=batch_size, start=start, json=json)
+    tell_compression(result, json=json)

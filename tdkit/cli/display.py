@@ -5,15 +5,21 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from typing import TextIO
 
 from rich.console import Console, JustifyMethod
 from rich.measure import Measurement
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from tdkit.tables import number, percent, sizes
+
+__all__ = [
+    "fits", "note", "number", "percent", "remark", "results_apart", "say", "show", "sizes",
+    "stderr", "stdout", "table", "waiting",
+]  # fmt: skip
 
 _results: ContextVar[TextIO | None] = ContextVar("results", default=None)
 
@@ -66,43 +72,6 @@ def waiting(title: str) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def progress_bar(title: str, then: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with an ETA on stderr, if that is a terminal.
-
-    Args:
-        title: What is counted.
-        then: What follows when all units are done.
-
-    Yields:
-        What to call with the units done and all units.
-    """
-    console = stderr()
-    if not console.is_terminal:
-        yield lambda done, total: None
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    with Progress(
-        *columns,
-        console=console,
-        transient=True,
-        # Units may take minutes: the ETA follows the speed of the last hour.
-        speed_estimate_period=3600,
-    ) as progress:
-        task = progress.add_task(title, total=None)
-
-        def update(done: int, total: int) -> None:
-            text = title if done < total else then
-            progress.update(task, completed=done, total=total, description=text)
-
-        yield update
-
-
 def table(title: str | None, *columns: str, right: Sequence[str] = ()) -> Table:
     """A plain table; the columns named in ``right`` hold numbers, only the last one may wrap."""
     result = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
@@ -132,18 +101,3 @@ def _measure(console: Console, view: Table) -> Measurement:
 
 def _piped(console: Console) -> bool:
     return not console.is_terminal and "COLUMNS" not in os.environ
-
-
-def number(value: int | None) -> str:
-    """1,234,567, or a dash."""
-    return "–" if value is None else f"{value:,}"
-
-
-def percent(part: float | None, whole: float | None) -> str:
-    """A share such as 50.0 %, or a dash."""
-    return "–" if part is None or not whole else f"{100 * part / whole:.1f} %"
-
-
-def sizes(values: int | Sequence[int]) -> str:
-    """A rank or a shape, such as 12 or 64×3×3×3."""
-    return str(values) if isinstance(values, int) else "×".join(map(str, values))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
+from tdkit.api import options as defaults
 from tdkit.cli import options
-from tdkit.cli.fitting import PATIENCE
 
 
 def finetune(
@@ -22,7 +21,7 @@ def finetune(
     ] = None,
     epochs: Annotated[
         int, typer.Option(min=1, help="Passes over the training images, at most.")
-    ] = 10,
+    ] = defaults.EPOCHS,
     format: options.Format = None,
     learning_rate: options.LearningRate = None,
     batch_size: Annotated[
@@ -35,18 +34,18 @@ def finetune(
     ] = None,
     patience: Annotated[
         int, typer.Option(min=1, help="Stop after so many epochs that validate no better.")
-    ] = PATIENCE,
+    ] = defaults.PATIENCE,
     autocast: Annotated[
         str, typer.Option(help="Precision of the forward pass: none (float32) or bfloat16.")
-    ] = "none",
+    ] = defaults.AUTOCAST,
     resume: options.Resume = None,
     arch: options.Arch = None,
     weights: options.Weights = None,
     allow_class: options.AllowClass = None,
     unsafe_load: options.UnsafeLoad = False,
     input_shape: options.InputShape = None,
-    seed: options.Seed = 0,
-    device: options.Device = "auto",
+    seed: options.Seed = defaults.SEED,
+    device: options.Device = defaults.DEVICE,
     json: options.Json = False,
     force: options.Force = False,
 ) -> None:
@@ -54,41 +53,45 @@ def finetune(
 
     Example: `tdkit finetune small.pt --data image-folder:images --epochs 10`
     """
-    from tdkit.cli.common import Source, file_json, open_registry, open_with_data
-    from tdkit.cli.display import note, say, stdout
-    from tdkit.cli.finish import Destination, save
-    from tdkit.cli.fitting import Finetuning
-    from tdkit.training.settings import FinetuneSettings
+    import tdkit
+    from tdkit.cli.display import note, remark, say, stdout
+    from tdkit.cli.parsing import file_json
+    from tdkit.cli.stopping import resumable
+    from tdkit.cli.telling import tell_notes, tell_unused_plugins
 
-    start = time.perf_counter()
-    wishes = FinetuneSettings(epochs, learning_rate, batch_size, optimizer, patience, autocast)  # type: ignore[arg-type]
-    classes = allow_class or ()
-    source = Source(model, arch, weights, classes, unsafe_load, input_shape, device, seed)
-    opened, dataset = open_with_data(source, open_registry(), data, data_root)
-    default = f"{opened.name}-finetuned"
-    destination = Destination.of(opened, output, default, format, force, inputs=[model])
-    destination.check(with_plan=False)
-    tuning = Finetuning.of(opened, dataset, wishes, seed, resume, inputs=[model])
-    tuned = tuning.run(opened.model, quiet=json)
-    after = tuning.accuracy(opened.model)
-    plan, training = opened.loaded.plan, tuned.training
-    save(opened, opened.model, destination, plan=plan, structure={}, training=training)
-    seconds = time.perf_counter() - start
+    tell_unused_plugins()
+    with resumable(resume, True):
+        done = tdkit.finetune(
+            model,
+            data,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            optimizer=optimizer,
+            patience=patience,
+            autocast=autocast,
+            resume=resume,
+            data_root=data_root,
+            arch=arch,
+            weights=weights,
+            allow_classes=allow_class or (),
+            unsafe_load=unsafe_load,
+            input_shape=input_shape,
+            device=device,
+            seed=seed,
+            output=output or "auto",
+            format=format,
+            force=force,
+            progress=True,
+            say=remark if json else say,
+            note=note,
+        )
+    assert done.written is not None
     if json:
-        value = {
-            **tuned.summary(),
-            "seed": seed,
-            "accuracy_before": tuned.accuracy,
-            "accuracy_after": after,
-            "accuracy_images": tuned.images,
-            "seconds": round(seconds, 3),
-            "output": str(destination.path),
-            "format": destination.format,
-        }
-        stdout().out(file_json(value), end="")
+        stdout().out(file_json(done.to_json()), end="")
     else:
-        for line in tuned.lines(after):
-            say(line)
-        say(f"wrote {destination.path} ({destination.format}), {seconds:.0f} s in all")
-    for text in opened.notes:
-        note(text)
+        if text := str(done):
+            say(text)
+        file = done.written
+        say(f"wrote {file.path} ({file.format}), {done.seconds:.0f} s in all")
+    tell_notes(done.notes)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from tdkit.api import options as defaults
 from tdkit.cli import options
 
 if TYPE_CHECKING:
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from tdkit.layers.inventory import Layer
+    from tdkit.api.inspect import Inspection
 
 
 def inspect(
@@ -23,107 +24,68 @@ def inspect(
     input_shape: options.InputShape = None,
     layers: options.Layers = None,
     include_ends: options.IncludeEnds = False,
-    device: options.Device = "auto",
+    device: options.Device = defaults.DEVICE,
     json: options.Json = False,
 ) -> None:
     """Print every layer: kind, weight, parameters, MACs, compressible or why not.
 
     Example: `tdkit inspect resnet18 --weights none`
     """
-    from dataclasses import replace
+    import tdkit
+    from tdkit.cli.display import stdout
+    from tdkit.cli.parsing import file_json
+    from tdkit.cli.telling import tell_notes, tell_unused_plugins
 
-    from tdkit.cli.common import Source, file_json, open_model, open_registry
-    from tdkit.cli.display import note, stdout
-    from tdkit.compression.scoring import unsupported_by_all
-    from tdkit.costs.uncounted import left_out, outside_macs
-    from tdkit.forward.inputs import one_sample
-    from tdkit.layers.counting import model_parameters
-    from tdkit.layers.inventory import find_layers
-    from tdkit.registry import resolve_methods
-
-    registry = open_registry()
-    source = Source(model, arch, weights, allow_class or (), unsafe_load, input_shape, device)
-    opened = open_model(source, registry)
-    methods = resolve_methods(registry, list(registry.decompositions))
-    inputs = one_sample(opened.inputs())
-    found = [
-        replace(layer, reason=layer.reason or unsupported_by_all(layer, methods))
-        for layer in find_layers(
-            opened.model,
-            inputs=inputs,
-            patterns=layers or (),
-            keep_ends=not include_ends,
-        )
-    ]
-    total = model_parameters(opened.model)
-    outside = None if inputs is None else outside_macs(opened.model, found, inputs)
+    tell_unused_plugins()
+    found = tdkit.inspect(
+        model,
+        layers=layers or (),
+        include_ends=include_ends,
+        input_shape=input_shape,
+        arch=arch,
+        weights=weights,
+        allow_classes=allow_class or (),
+        unsafe_load=unsafe_load,
+        device=device,
+    )
     if json:
-        value = {
-            "parameters": total,
-            "macs": _sum_macs(found),
-            "macs_outside": outside,
-            "layers": [_row(layer) for layer in found],
-        }
-        stdout().out(file_json(value), end="")
+        stdout().out(file_json(found.to_json()), end="")
     else:
-        _print(found, total, opened.shape)
-    told = None if inputs is None else left_out(outside, found)
-    for text in (told, *opened.notes):
-        if text is not None:
-            note(text)
+        _print(found)
+    tell_notes(found.notes)
 
 
-def _print(layers: list[Layer], total: int, shape: tuple[int, ...] | None) -> None:
+def _print(found: Inspection) -> None:
     from tdkit.cli.display import fits, number, percent, say, show, sizes
 
-    view, footnotes = _table(layers, {}), []
+    view, footnotes = _table(found, {}), []
     if not fits(view):
-        reasons = dict.fromkeys(layer.reason for layer in layers if layer.reason)
+        reasons = dict.fromkeys(layer.reason for layer in found.layers if layer.reason)
         marks = {reason: f"[{place}]" for place, reason in enumerate(reasons, start=1)}
-        view = _table(layers, {reason: f" {mark}" for reason, mark in marks.items()})
+        view = _table(found, {f": {reason}": f" {mark}" for reason, mark in marks.items()})
         footnotes = ["", *(f"{mark} {reason}" for reason, mark in marks.items())]
     show(view)
     for line in footnotes:
         say(line)
-    open_parameters = sum(layer.parameters for layer in layers if layer.reason is None)
     say(
-        f"\n{len(layers)} layers; {number(total)} parameters,"
-        f" {percent(open_parameters, total)} of them compressible"
+        f"\n{len(found.layers)} layers; {number(found.parameters)} parameters,"
+        f" {percent(found.compressible, found.parameters)} of them compressible"
     )
-    if shape is None:
+    if found.shape is None:
         say("MACs need the shape of one input: --input-shape C,H,W")
     else:
-        say(f"{number(_sum_macs(layers))} MACs for one input of {sizes(shape)}")
+        say(f"{number(found.macs)} MACs for one input of {sizes(found.shape)}")
 
 
-def _table(layers: list[Layer], marks: Mapping[str, str]) -> Table:
+def _table(found: Inspection, marks: Mapping[str, str]) -> Table:
     """One row per layer; a reason that has a mark stands outside the table."""
-    from tdkit.cli.display import number, sizes, table
+    from tdkit.cli.display import table
 
-    numbers = ("parameters", "MACs")
-    view = table(None, "layer", "kind", "weight", *numbers, "compressible", right=numbers)
-    for layer in layers:
-        names = " = ".join((layer.name, *layer.aliases))
-        weight = sizes(layer.spec.weight_shape) if layer.spec else "–"
-        reason = marks.get(layer.reason or "", f": {layer.reason}")
-        answer, style = ("yes", None) if layer.reason is None else (f"no{reason}", "dim")
-        row = (names, layer.kind, weight, number(layer.parameters), number(layer.macs), answer)
-        view.add_row(*row, style=style)
+    plain = found.table()
+    view = table(None, *plain.columns, right=tuple(plain.right))
+    for row in plain.rows:
+        answer = row[-1]
+        for reason, mark in marks.items():
+            answer = f"no{mark}" if answer == f"no{reason}" else answer
+        view.add_row(*row[:-1], answer, style=None if answer == "yes" else "dim")
     return view
-
-
-def _sum_macs(layers: list[Layer]) -> int | None:
-    counts = [layer.macs for layer in layers if layer.macs is not None]
-    return sum(counts) if counts else None
-
-
-def _row(layer: Layer) -> dict[str, Any]:
-    return {
-        "name": layer.name,
-        "aliases": list(layer.aliases),
-        "kind": layer.kind,
-        "weight": list(layer.spec.weight_shape) if layer.spec else None,
-        "parameters": layer.parameters,
-        "macs": layer.macs,
-        "reason": layer.reason,
-    }

@@ -74,7 +74,13 @@ Format = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(help="module, state-dict, safetensors, onnx or pt2; as the input if unset."),
 ]
-Calibrate = Annotated[
+Set = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        "--set", metavar="METHOD.SETTING=VALUE", help="A setting of a method; repeatable."
+    ),
+]
+Calibration = Annotated[
     str,
     typer.Option(
         metavar="HOW",
@@ -82,6 +88,7 @@ Calibrate = Annotated[
         " no labels), noise (no data), none; auto is data where there are training images.",
     ),
 ]
+BatchSize = Annotated[int, typer.Option(min=1, help="Batch of the latency runs.")]
 Samples = Annotated[
     int, typer.Option(min=1, help="Images for feature metrics and for calibrating.")
 ]

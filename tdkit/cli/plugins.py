@@ -17,10 +17,11 @@ def plugins(json: Json = False) -> None:
 
     Example: `tdkit plugins`
     """
-    from tdkit.cli.common import file_json, open_registry
+    import tdkit
     from tdkit.cli.display import stdout
+    from tdkit.cli.parsing import file_json
 
-    registry = open_registry(tell=False)
+    registry = tdkit.plugins()
     if json:
         value = {"plugins": [vars(provider) for provider in registry.providers]}
         stdout().out(file_json(value), end="")

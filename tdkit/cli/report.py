@@ -28,19 +28,13 @@ def report(
 
     Example: `tdkit report runs/quick -o report/`
     """
+    import tdkit
     from tdkit.cli.display import say, waiting
-    from tdkit.recipes import parse_recipe
-    from tdkit.study.recipe import StudyRecipe
-    from tdkit.study.report.page import write_report
-    from tdkit.study.store import read_results
 
-    results = read_results(run)
-    recipe = parse_recipe(results.recipe, StudyRecipe, f"the recipe in {run}")
-    folder = output or run
     with waiting("drawing conclusions"):
-        analysis = write_report(results, recipe, folder)
-    print_summary(analysis)
-    say(f"\nwrote {folder / 'report.html'}")
+        study = tdkit.report(run, output=output)
+    print_summary(study.analysis)
+    say(f"\nwrote {study.report}")
 
 
 def print_summary(analysis: Analysis) -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import Annotated, Optional
 
 import typer
 
+from tdkit.api import options as defaults
 from tdkit.cli import options
-
-if TYPE_CHECKING:
-    from tdkit.planners.candidate import Candidate
 
 
 def score(
@@ -22,10 +19,15 @@ def score(
     ] = None,
     metric: Annotated[
         str, typer.Option(metavar="NAME,...", help="Approximation errors; see tdkit plugins.")
-    ] = "relative-weights",
-    rule: Annotated[str, typer.Option(help="Ranks for a keep: best or proportional.")] = "best",
-    samples: Annotated[int, typer.Option(min=1, help="Images for feature metrics.")] = 256,
+    ] = defaults.METRIC,
+    rule: Annotated[
+        str, typer.Option(help="Ranks for a keep: best or proportional.")
+    ] = defaults.RULE,
+    samples: Annotated[
+        int, typer.Option(min=1, help="Images for feature metrics.")
+    ] = defaults.SCORE_SAMPLES,
     methods: options.Methods = None,
+    set: options.Set = None,
     keeps: options.Keeps = None,
     layers: options.Layers = None,
     include_ends: options.IncludeEnds = False,
@@ -36,8 +38,8 @@ def score(
     input_shape: options.InputShape = None,
     data: options.Data = None,
     data_root: options.DataRoot = None,
-    device: options.Device = "auto",
-    seed: options.Seed = 0,
+    device: options.Device = defaults.DEVICE,
+    seed: options.Seed = defaults.SEED,
     json: options.Json = False,
     force: options.Force = False,
 ) -> None:
@@ -45,83 +47,47 @@ def score(
 
     Example: `tdkit score garipov --methods tucker,tt`
     """
-    from tdkit.checkpoint import atomic_write, check_writable
-    from tdkit.cli.common import (
-        Source,
-        feature_batches,
-        file_json,
-        image_size,
-        open_dataset,
-        open_model,
-        open_registry,
-        parse_keeps,
-        parse_names,
-    )
-    from tdkit.cli.display import note, progress_bar, say, stdout
-    from tdkit.compression.compress import refuse_closed
-    from tdkit.compression.scoring import PAPER_KEEPS, Grid
-    from tdkit.compression.scoring import score as score_candidates
-    from tdkit.forward.copying import own_copy
-    from tdkit.forward.inputs import one_sample
-    from tdkit.layers.inventory import find_layers
-    from tdkit.planners.candidate import to_json
-    from tdkit.registry import resolve_methods, resolve_metrics
+    import tdkit
+    from tdkit.cli.display import say, show, stdout
+    from tdkit.cli.display import table as view
+    from tdkit.cli.parsing import file_json, parse_keeps, parse_names, parse_settings
+    from tdkit.cli.telling import tell_notes, tell_unused_plugins
 
-    registry = open_registry()
-    metrics = resolve_metrics(registry, parse_names(metric, "--metric") or [])
-    grid = Grid(
-        resolve_methods(
-            registry, parse_names(methods, "--methods") or list(registry.decompositions)
-        ),
+    names = parse_names(methods, "--methods")
+    metrics = parse_names(metric, "--metric") or []
+    fractions, settings = parse_keeps(keeps), parse_settings(set)
+    tell_unused_plugins()
+    scores = tdkit.score(
+        model,
         metrics,
-        parse_keeps(keeps, PAPER_KEEPS),
-        rule,
-        seed,
+        rule=rule,
+        methods=names,
+        settings=settings,
+        keeps=fractions,
+        layers=layers or (),
+        include_ends=include_ends,
+        input_shape=input_shape,
+        data=data,
+        data_root=data_root,
+        samples=samples,
+        arch=arch,
+        weights=weights,
+        allow_classes=allow_class or (),
+        unsafe_load=unsafe_load,
+        device=device,
+        seed=seed,
+        output=output or "auto",
+        force=force,
+        progress=True,
     )
-    source = Source(model, arch, weights, allow_class or (), unsafe_load, input_shape, device, seed)
-    size = image_size(source, registry)
-    dataset = open_dataset(data, registry, data_root, size, seed) if data else None
-    opened = open_model(source, registry, dataset)
-    path = output or Path(f"{opened.name}-scores.json")
-    check_writable(path, force=force, inputs=[model])
-    dense = own_copy(opened.model).eval()
-    found = find_layers(
-        dense,
-        inputs=one_sample(opened.inputs()),
-        patterns=layers or (),
-        keep_ends=not include_ends,
-    )
-    refuse_closed(found)
-    needs_data = any(m.target == "features" for m in metrics)
-    batches = feature_batches(dataset, samples, opened.model) if needs_data else []
-    with progress_bar("scoring", then="scoring") as progress:
-        candidates = score_candidates(dense, found, grid, batches=batches, progress=progress)
-    value = {
-        "tdkit_scores": 1,
-        "model": model,
-        "rule": rule,
-        "seed": seed,
-        "candidates": [to_json(candidate) for candidate in candidates],
-    }
-    with atomic_write(path, force=force, inputs=[model]) as temporary:
-        temporary.write_text(file_json(value), encoding="utf-8")
     if json:
-        stdout().out(file_json(value), end="")
+        stdout().out(file_json(scores.to_json()), end="")
     else:
-        for name in grid.metrics:
-            _print(candidates, name.name)
-        say(f"\nwrote {path}, {len(candidates)} candidates")
-    for text in opened.notes:
-        note(text)
-
-
-def _print(candidates: Sequence[Candidate], metric: str) -> None:
-    from tdkit.cli.display import show, sizes, table
-
-    view = table(metric, "layer", "method", "rank", "keep", "error", right=("keep", "error"))
-    previous = None
-    for c in candidates:
-        name = c.layer if c.layer != previous else ""
-        previous = c.layer
-        view.add_row(name, c.method, sizes(c.rank), f"{c.keep:.3f}", f"{c.errors[metric]:.4g}")
-    show(view)
+        for name in scores.metrics:
+            table = scores.table(name)
+            shown = view(name, *table.columns, right=tuple(table.right))
+            for row in table.rows:
+                shown.add_row(*row)
+            show(shown)
+        say(f"\nwrote {scores.written}, {len(scores.candidates)} candidates")
+    tell_notes(scores.notes)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class StoppedError(BaseException):
     """A signal, as an exception, so that every half-written file is removed on the way out.
@@ -18,3 +22,21 @@ class StoppedError(BaseException):
         super().__init__(number)
         self.number = number
         self.said = "no half-written file is left"
+
+
+@contextmanager
+def resumable(resume: Path | None, training: bool) -> Iterator[None]:
+    """Tell whoever stops a training how it goes on.
+
+    Args:
+        resume: The file that its state is kept in.
+        training: Whether there is a training at all.
+    """
+    try:
+        yield
+    except StoppedError as stop:
+        if training and resume is None:
+            stop.said += "; with --resume FILE a training can go on after a stop"
+        elif resume is not None and resume.exists():
+            stop.said = f"the same command goes on after the last epoch, from {resume}"
+        raise

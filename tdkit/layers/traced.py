@@ -48,6 +48,7 @@ class TracedModel:
         patterns: Sequence[str] = (),
         keep_ends: bool = True,
         inplace: bool = False,
+        readonly: bool = False,
         weights: Weights | None = None,
     ) -> TracedModel:
         """Copy a model, run it once where there are inputs for it, and list its layers.
@@ -58,6 +59,7 @@ class TracedModel:
             patterns: Shell patterns of the layers to consider; all by default.
             keep_ends: Keep the first and last layer dense.
             inplace: Work on the model itself, or on the plain one inside its wrapper.
+            readonly: Only look: a model of which there can be no copy will do.
             weights: Where the layers' weights are, if not in the model, which may then be on the
                 meta device.
 
@@ -66,8 +68,9 @@ class TracedModel:
             UnsupportedError: If the model cannot be copied or run, or has no parameters.
         """
         plain = plain_module(model)
-        refuse_uncopyable(plain)
-        own = plain if inplace else own_copy(plain)
+        if not readonly:
+            refuse_uncopyable(plain)
+        own = plain if inplace or readonly else own_copy(plain)
         found = _run(own, example)
         layers = find_layers(
             own, calls=found.calls, patterns=patterns, keep_ends=keep_ends, weights=weights
