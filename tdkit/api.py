@@ -26,7 +26,7 @@ from tdkit.study.opening import NamedStudy, ObjectStudy, Suit
 if TYPE_CHECKING:
     from tdkit.study.recipe import StudyRecipe
     from tdkit.study.records import Results
-from tdkit.registry import method_limits, resolve_methods
+from tdkit.registry import method_limits, resolve_methods, resolve_stages
 
 
 def compress(
@@ -167,11 +167,13 @@ def load(
     from tdkit.checkpoint import load_into, load_model
 
     file, allowed = arguments.source(source), arguments.names(allow_classes, "allow_classes")
+    registry = load_registry()
+    stages = resolve_stages(registry)
     if model is not None:
         require_module(model)
-        return load_into(model, file).model
-    models = load_registry().models
-    return load_model(file, models=models, arch=arch, allow_classes=allowed).model
+        return load_into(model, file, stages=stages).model
+    models = registry.models
+    return load_model(file, models=models, stages=stages, arch=arch, allow_classes=allowed).model
 
 
 def validate(

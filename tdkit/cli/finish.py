@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tdkit.compression.compress import Compression
     from tdkit.compression.report import Report
     from tdkit.datasets.base import Dataset
-    from tdkit.layers.spec import LayerSpec
+    from tdkit.layers.stages import Stage
 
 _SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "pt2": ".pt2"}
 _CALIBRATED = {
@@ -213,7 +213,7 @@ def save(
     destination: Destination,
     *,
     plan: Mapping[str, Any] | None,
-    structure: Mapping[str, Sequence[LayerSpec]],
+    structure: Mapping[str, Sequence[Stage]],
     training: Mapping[str, Any] | None,
 ) -> None:
     """Write a model that was made from an opened one, for any machine to load.

@@ -17,13 +17,13 @@ from tdkit.compression.plan import Move, Plan
 from tdkit.compression.scoring import Grid, blamed, factorize, prepare, score
 from tdkit.compression.verification import verify
 from tdkit.costs.base import Cost, total_cost
-from tdkit.decompositions.base import Decomposition, check_rank
+from tdkit.decompositions.base import Decomposition, check_rank, unsupported
 from tdkit.errors import UnsupportedError, UsageError, first_line, unknown_name
 from tdkit.forward.copying import own_copy
 from tdkit.forward.inputs import is_image, one_sample, two_samples
 from tdkit.layers.counting import macs
 from tdkit.layers.inventory import Layer, find_layers, replace_layer
-from tdkit.layers.spec import LayerSpec, spec_of
+from tdkit.layers.stages import Stage
 from tdkit.metrics.base import relative
 from tdkit.planners.base import Planner
 from tdkit.planners.candidate import Candidate
@@ -84,7 +84,7 @@ class Compression:
     model: nn.Module
     plan: Plan
     layers: tuple[Layer, ...]
-    structure: Mapping[str, tuple[LayerSpec, ...]]
+    structure: Mapping[str, tuple[Stage, ...]]
     errors: Mapping[str, float]
     put_back: Mapping[str, str]
     verified: bool
@@ -229,7 +229,8 @@ def apply_plan(
         layer: _factorized(dense, layer, move, methods, plan.seed) for layer, move in moves.items()
     }
     modules = {layer: found.module for layer, found in factorized.items()}
-    broken = verify(dense, modules, two_samples(inputs)) if inputs is not None else {}
+    stages = {layer: found.stages for layer, found in factorized.items()}
+    broken = verify(dense, modules, two_samples(inputs), stages) if inputs is not None else {}
     kept = {layer: m for layer, m in modules.items() if layer.name not in broken}
     compressed = copy.deepcopy(dense)
     for layer, module in kept.items():
@@ -239,7 +240,7 @@ def apply_plan(
         model=compressed,
         plan=_without(replace(plan, moves=tuple(moves.values())), broken),
         layers=tuple(layers),
-        structure={layer.name: tuple(map(spec_of, module)) for layer, module in kept.items()},
+        structure={layer.name: factorized[layer].stages for layer in kept},
         errors={layer.name: factorized[layer].error for layer in kept},
         put_back=broken,
         verified=inputs is not None,
@@ -325,6 +326,7 @@ def _resolve(plan: Plan, layers: Sequence[Layer]) -> dict[Layer, Move]:
 @dataclass(frozen=True)
 class _Factorized:
     module: nn.Sequential
+    stages: tuple[Stage, ...]
     error: float
 
 
@@ -335,7 +337,7 @@ def _factorized(
         raise unknown_name(move.method, list(methods), "method")
     method, module = methods[move.method], model.get_submodule(layer.name)
     assert layer.spec is not None
-    reason = method.supports(layer.spec.per_group())
+    reason = unsupported(method, layer.spec)
     if reason is not None:
         raise UnsupportedError(
             f"{move.method} cannot decompose the layer {layer.name!r}: {reason}",
@@ -352,6 +354,7 @@ def _factorized(
         distance = refined.error(move.rank)
         return _Factorized(
             factorize(layer, module, refined, move.rank),
+            refined.stages(move.rank),
             relative(distance, refined.norm, layer.spec.weight_parameters),
         )
 

@@ -18,9 +18,12 @@ from tdkit.decompositions.base import (
     Rank,
     count,
     factorized_module,
+    prepared,
+    unsupported,
 )
 from tdkit.errors import TdkitError, UnsupportedError, UsageError, first_line
 from tdkit.layers.counting import macs
+from tdkit.layers.evidence import Evidence, Moments
 from tdkit.layers.inventory import Layer
 from tdkit.metrics.base import Metric
 from tdkit.metrics.features import feature_errors
@@ -133,12 +136,12 @@ def _scored(
 
 def _candidates(layer: Layer, module: nn.Module, method: str, grid: Grid) -> Iterator[_Scored]:
     with blamed(method, layer):
-        prepared = prepare(layer, module, method, grid.methods[method], grid.seed)
-        if prepared is None:
+        found = prepare(layer, module, method, grid.methods[method], grid.seed)
+        if found is None:
             return
-        for rank in _ranks(layer, prepared, grid, grid.limits.get(method, 1.0)):
-            stand_in = factorize(layer, module, prepared, rank) if grid.features else None
-            yield candidate_of(layer, method, prepared, rank, grid.metrics), stand_in
+        for rank in _ranks(layer, found, grid, grid.limits.get(method, 1.0)):
+            stand_in = factorize(layer, module, found, rank) if grid.features else None
+            yield candidate_of(layer, method, found, rank, grid.metrics), stand_in
 
 
 def _ranks(layer: Layer, prepared: Prepared, grid: Grid, limit: float) -> Iterator[Rank]:
@@ -203,25 +206,40 @@ def _with_features(
 
 
 def prepare(
-    layer: Layer, module: nn.Module, method_name: str, method: Decomposition, seed: int
+    layer: Layer,
+    module: nn.Module,
+    method_name: str,
+    method: Decomposition,
+    seed: int,
+    moments: Moments | None = None,
 ) -> Prepared | None:
     """Prepare one layer under one method; None where the method does not support the layer.
 
     The random start depends on the seed, the layer and the method alone, so that a plan applied
     later rebuilds the very factors that were scored.
+
+    Args:
+        layer: The layer.
+        module: Its module.
+        method_name: The method's name.
+        method: The method.
+        seed: The seed of the whole run.
+        moments: Of the layer's inputs, where they were collected; for a method that needs them.
     """
-    if layer.spec is None or method.supports(layer.spec.per_group()) is not None:
+    if layer.spec is None or unsupported(method, layer.spec) is not None:
         return None
     start = zlib.crc32(f"{seed}/{layer.name}/{method_name}".encode())
+    evidence = Evidence(start, moments if "moments" in method.needs else None)
     # A copy, so that a method that works in place spoils nothing but its own.
-    return method.prepare(layer.spec, module.get_parameter("weight").detach().clone(), start)
+    weight = module.get_parameter("weight").detach().clone()
+    return prepared(method, layer.spec, weight, evidence)
 
 
 def unsupported_by_all(layer: Layer, methods: Mapping[str, Decomposition]) -> str | None:
     """Why none of the methods supports a layer; None when one does."""
     if layer.spec is None:
         return layer.reason
-    reasons = {n: method.supports(layer.spec.per_group()) for n, method in methods.items()}
+    reasons = {n: unsupported(method, layer.spec) for n, method in methods.items()}
     if any(reason is None for reason in reasons.values()):
         return None
     return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
