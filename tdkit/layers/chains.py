@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,11 +12,13 @@ from tdkit.errors import UnsupportedError, UsageError
 from tdkit.layers.spec import LayerSpec
 from tdkit.layers.stages import ChannelShuffle, Flatten, Permute, Stage, Unflatten
 
-OWN_STAGES: Mapping[str, type[Stage]] = {
-    kind: cls
-    for cls in (LayerSpec, Flatten, Unflatten, ChannelShuffle, Permute)
-    for kind in cls.kinds
-}
+OWN_STAGES: Mapping[str, type[Stage]] = MappingProxyType(
+    {
+        kind: cls
+        for cls in (LayerSpec, Flatten, Unflatten, ChannelShuffle, Permute)
+        for kind in cls.kinds
+    }
+)
 """tdkit's own kinds of stages, by what stands for them in model files."""
 
 

@@ -145,9 +145,9 @@ class LayerSpec(Stage):
         """The full shape of the output, from that of the input."""
         if self.kind == "Linear":
             return (*shape[:-1], self.out_channels)
-        size = shape[2:]
+        batch, size = self._split(shape)
         if self.padding == "same":
-            return (shape[0], self.out_channels, *size)
+            return (*batch, self.out_channels, *size)
         padding = (0,) * len(size) if isinstance(self.padding, str) else self.padding
         axes = zip(size, self.kernel_size, self.stride, padding, self.dilation, strict=True)
         if self.transposed:
@@ -157,21 +157,28 @@ class LayerSpec(Stage):
             )
         else:
             after = tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes)
-        return (shape[0], self.out_channels, *after)
+        return (*batch, self.out_channels, *after)
 
     def macs(self, shape: Shape) -> int:
         """Every weight meets every output position; in a transposed convolution, every input's."""
         if self.kind == "Linear":
             return self.weight_parameters * math.prod(shape[:-1])
-        met = shape if self.transposed else self.output_shape(shape)
-        return self.weight_parameters * met[0] * math.prod(met[2:])
+        batch, size = self._split(shape if self.transposed else self.output_shape(shape))
+        return self.weight_parameters * math.prod(batch) * math.prod(size)
 
     def compose(self, weight: Tensor | None, signal: Tensor) -> Tensor:
         """Impulses through the weight, without stride, padding and dilation."""
         assert weight is not None
         if self.kind == "Linear":
             return functional.linear(signal, weight)
+        if signal.ndim == len(self.kernel_size) + 1:
+            return impulse_response(self, weight, signal[None])[0]
         return impulse_response(self, weight, signal)
+
+    def _split(self, shape: Shape) -> tuple[Shape, Shape]:
+        """The batch axis of a convolution's input, which may be missing, and the spatial ones."""
+        channels = len(shape) - len(self.kernel_size) - 1
+        return shape[:channels], shape[channels + 1 :]
 
     def pointwise(self, in_channels: int, out_channels: int) -> LayerSpec:
         """A 1x1 convolution (Linear: a Linear) that mixes channels beside this layer."""

@@ -48,7 +48,9 @@ def layer(leading: int = 1) -> LayerSpec:
 def test_registered_by_its_entry_point() -> None:
     registry = load_registry()
     assert registry.decompositions["tensorized-linear"].default == 0
-    assert registry.decompositions["tensorized-linear"].create(factors=2).factors == 2
+    method = registry.decompositions["tensorized-linear"].create(factors=2)
+    assert isinstance(method, TensorizedLinear)
+    assert method.factors == 2
     provider = next(p for p in registry.providers if p.name == "tdkit-tensorized-linear")
     assert provider.failure is None
     assert provider.provides == {"tdkit_decompositions": ("tensorized-linear",)}
@@ -56,7 +58,9 @@ def test_registered_by_its_entry_point() -> None:
 
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("leading", [1, 2, 3])
-def test_the_stages_with_tensorly_torchs_cores_are_its_matrix(rank: tuple, leading: int) -> None:
+def test_the_stages_with_tensorly_torchs_cores_are_its_matrix(
+    rank: tuple[int, ...], leading: int
+) -> None:
     import tltorch
 
     order = (len(rank) + 1) // 3
@@ -72,7 +76,7 @@ def test_the_stages_with_tensorly_torchs_cores_are_its_matrix(rank: tuple, leadi
 
 
 @pytest.mark.parametrize("rank", RANKS)
-def test_the_error_is_that_of_tensorlys_tensor_train(rank: tuple) -> None:
+def test_the_error_is_that_of_tensorlys_tensor_train(rank: tuple[int, ...]) -> None:
     order, weight = (len(rank) + 1) // 3, noise(48, 24)
     pairs = [axis for k in range(order) for axis in (k, order + k)]
     interleaved = weight.reshape(rank[: 2 * order]).permute(pairs)
@@ -99,7 +103,7 @@ def test_factors_are_balanced() -> None:
 @pytest.mark.parametrize(
     "rank", [3, (1, 2, 3), (3, 4, 4, 2, 2, 5, 1, 1), (3, 4, 4, 2, 2, 6, 7, 1), (6, 8, 4, 6, 0)]
 )
-def test_ranks_that_do_not_fit(rank: object) -> None:
+def test_ranks_that_do_not_fit(rank: int | tuple[int, ...]) -> None:
     with pytest.raises(UsageError, match="factors of its 48 outputs"):
         METHOD.check_rank(layer(), rank)
 
