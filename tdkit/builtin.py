@@ -15,6 +15,7 @@ from tdkit.hookspecs import (
     MetricRecord,
     ModelRecord,
     PlannerRecord,
+    StageRecord,
     hookimpl,
 )
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from tdkit.costs.base import Cost
     from tdkit.datasets.base import Dataset
     from tdkit.decompositions.base import Decomposition
+    from tdkit.layers.stages import Stage
     from tdkit.metrics.base import Metric
     from tdkit.planners.base import Planner
 
@@ -213,3 +215,28 @@ def tdkit_planners() -> list[PlannerRecord]:
     """Provide greedy."""
     summary = "least increase of the summed penalties per unit of cost saved, then exchanges"
     return [PlannerRecord("greedy", summary, _greedy)]
+
+
+def _layers() -> type[Stage]:
+    from tdkit.layers.spec import LayerSpec
+
+    return LayerSpec
+
+
+def _move(name: str) -> type[Stage]:
+    from tdkit.layers import stages
+
+    cls: type[Stage] = getattr(stages, name)
+    return cls
+
+
+@hookimpl
+def tdkit_stages() -> list[StageRecord]:
+    """Provide torch's weight layers, and what moves entries between them."""
+    return [
+        StageRecord("layers", "convolutions, transposed ones, and Linear", _layers),
+        StageRecord("flatten", "neighbouring axes as one", partial(_move, "Flatten")),
+        StageRecord("unflatten", "one axis as several", partial(_move, "Unflatten")),
+        StageRecord("channel-shuffle", "channels in turn", partial(_move, "ChannelShuffle")),
+        StageRecord("permute", "the axes in another order", partial(_move, "Permute")),
+    ]

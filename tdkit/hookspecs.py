@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from tdkit.costs.base import Cost
     from tdkit.datasets.base import Dataset
     from tdkit.decompositions.base import Decomposition
+    from tdkit.layers.stages import Stage
     from tdkit.metrics.base import Metric
     from tdkit.planners.base import Planner
 
@@ -148,8 +149,29 @@ class PlannerRecord:
     create: Callable[[], Planner]
 
 
+@dataclass(frozen=True)
+class StageRecord:
+    """A kind of stage that factorizations may be chained of.
+
+    Args:
+        name: What ``tdkit plugins`` lists. Model files hold the ``kinds`` of the class instead.
+        summary: One line for ``tdkit plugins``.
+        create: Returns the subclass of :class:`~tdkit.layers.stages.Stage`, the class itself.
+    """
+
+    name: str
+    summary: str
+    create: Callable[[], type[Stage]]
+
+
 Record = (
-    DecompositionRecord | MetricRecord | CostRecord | ModelRecord | DatasetRecord | PlannerRecord
+    DecompositionRecord
+    | MetricRecord
+    | CostRecord
+    | ModelRecord
+    | DatasetRecord
+    | PlannerRecord
+    | StageRecord
 )
 
 
@@ -168,11 +190,6 @@ def tdkit_decompositions() -> list[DecompositionRecord]:
             class TwoLinears(Decomposition):
                 def supports(self, layer):
                     return None if layer.kind == "Linear" else "only Linear layers"
-
-                def rank(self, layer, keep):
-                    sides = layer.in_channels + layer.out_channels
-                    wanted = round(keep * layer.weight_parameters / sides)
-                    return max(1, min(wanted, self.max_rank(layer)))
 
                 def max_rank(self, layer):
                     return min(layer.in_channels, layer.out_channels)
@@ -325,6 +342,56 @@ def tdkit_planners() -> list[PlannerRecord]:
     raise AssertionError("a specification is not called")
 
 
+@hookspec
+def tdkit_stages() -> list[StageRecord]:
+    """Provide kinds of stages beside torch's weight layers and those that move entries.
+
+    Example::
+
+        from tdkit.hookspecs import StageRecord, hookimpl
+
+        def create():
+            from dataclasses import dataclass
+            from torch import nn
+            from tdkit.errors import UsageError
+            from tdkit.layers.stages import Stage, is_int
+
+            @dataclass(frozen=True)
+            class PixelShuffle(Stage):
+                factor: int
+
+                kinds = ("PixelShuffle",)
+                kind = "PixelShuffle"
+
+                def output_shape(self, shape):
+                    if len(shape) != 4 or shape[1] % self.factor**2:
+                        raise UsageError(f"no pixels to shuffle in the shape {shape}")
+                    batch, channels, height, width = shape
+                    sides = height * self.factor, width * self.factor
+                    return batch, channels // self.factor**2, *sides
+
+                def build(self, dtype=None, device=None):
+                    return nn.PixelShuffle(self.factor)
+
+                def compose(self, weight, signal):
+                    return self.build()(signal)
+
+                @classmethod
+                def of(cls, module):
+                    return cls(module.upscale_factor) if type(module) is nn.PixelShuffle else None
+
+                def check(self):
+                    return None if is_int(self.factor, 1) else "its factor is not a positive number"
+
+            return PixelShuffle
+
+        @hookimpl
+        def tdkit_stages():
+            return [StageRecord("pixel-shuffle", "channels as pixels", create)]
+    """
+    raise AssertionError("a specification is not called")
+
+
 HOOKS: dict[str, Any] = {
     "tdkit_decompositions": DecompositionRecord,
     "tdkit_metrics": MetricRecord,
@@ -332,4 +399,5 @@ HOOKS: dict[str, Any] = {
     "tdkit_models": ModelRecord,
     "tdkit_datasets": DatasetRecord,
     "tdkit_planners": PlannerRecord,
+    "tdkit_stages": StageRecord,
 }

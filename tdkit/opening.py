@@ -86,6 +86,7 @@ def open_model(source: Source, registry: Registry, dataset: Dataset | None = Non
 
     from tdkit.checkpoint import load_model
     from tdkit.forward.copying import unwrap
+    from tdkit.registry import resolve_stages
 
     device = pick_device(source.device)
     with torch.random.fork_rng(devices=[]):
@@ -93,6 +94,7 @@ def open_model(source: Source, registry: Registry, dataset: Dataset | None = Non
         loaded = load_model(
             source.model,
             models=registry.models,
+            stages=resolve_stages(registry),
             arch=source.arch,
             weights=source.weights,
             allow_classes=tuple(source.allow_classes),

@@ -23,11 +23,13 @@ from tdkit.hookspecs import (
     ModelRecord,
     PlannerRecord,
     Record,
+    StageRecord,
 )
 from tdkit.version import __version__
 
 if TYPE_CHECKING:
     from tdkit.decompositions.base import Decomposition
+    from tdkit.layers.stages import Stage
     from tdkit.metrics.base import Metric
 
 _NAME = re.compile(r"[a-z0-9-]+")
@@ -64,6 +66,7 @@ class Registry:
         models: The architectures.
         datasets: The data sets.
         planners: The planners.
+        stages: The kinds of stages that factorizations are chained of.
         providers: The plugins they come from, and those that failed.
     """
 
@@ -73,6 +76,7 @@ class Registry:
     models: Mapping[str, ModelRecord]
     datasets: Mapping[str, DatasetRecord]
     planners: Mapping[str, PlannerRecord]
+    stages: Mapping[str, StageRecord]
     providers: tuple[Provider, ...]
 
     def versions(self, records: Iterable[Record]) -> dict[str, str]:
@@ -289,3 +293,32 @@ def method_versions(registry: Registry, names: Iterable[str]) -> dict[str, str]:
     """The versions of tdkit and of the plugins that some methods come from, by distribution."""
     records = [registry.decompositions[name] for name in names]
     return {"tdkit": __version__, **registry.versions(records)}
+
+
+def resolve_stages(registry: Registry) -> dict[str, type[Stage]]:
+    """The classes of stages by what stands for them in model files: the list that readers take.
+
+    A class that cannot be made is left out, with a RuntimeWarning: no model but its own needs it.
+
+    Raises:
+        UsageError: If two records claim one kind; the message names both.
+    """
+    result: dict[str, type[Stage]] = {}
+    owners: dict[str, str] = {}
+    for record in registry.stages.values():
+        try:
+            cls = record.create()
+        except Exception as error:  # a plugin may fail in any way; the others must not
+            message = f"the stage {record.name} is not used: {_reason(error)}"
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+            continue
+        for kind in cls.kinds:
+            other = owners.setdefault(kind, record.name)
+            if other != record.name:
+                raise UsageError(
+                    f"two kinds of stages stand as {kind!r} in model files: {other} and"
+                    f" {record.name}",
+                    "uninstall the plugin that provides one of them; tdkit plugins names it",
+                )
+            result[kind] = cls
+    return result

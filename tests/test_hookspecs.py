@@ -18,7 +18,7 @@ from tdkit import hookspecs
 from tdkit.hookspecs import HOOKS
 from tdkit.planners.base import Option, UnreachableError
 from tdkit.registry import load_registry
-from tdkit.testing import check_laws
+from tdkit.testing import check_laws, check_stage
 
 
 def specs() -> dict[str, Any]:
@@ -121,3 +121,10 @@ def test_the_planner_plans(record) -> None:
     with pytest.raises(UnreachableError, match="out of reach") as caught:
         planner(options, 36)
     assert caught.value.most == 35
+
+
+@pytest.mark.parametrize("record", ["tdkit_stages"], indirect=True)
+def test_the_stage_obeys_the_laws(record) -> None:
+    kind = record.create()
+    check_stage(kind(2), (3, 8, 4, 5))
+    assert kind(-1).check() is not None

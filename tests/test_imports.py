@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "tdkit"
 
 # From the bottom up. A module imports from lower levels and from its own folder only.
 LEVELS = (
-    {"version", "errors"},
+    {"version", "errors", "pytest_plugin"},
     {"files", "recipes", "hookspecs"},
     {"forward"},
     {"layers"},
@@ -22,7 +22,8 @@ LEVELS = (
     {"planners", "calibration", "training"},
     {"builtin"},
     {"registry"},
-    {"compression", "testing"},
+    {"compression"},
+    {"testing"},
     {"arguments", "opening"},
     {"study"},
     {"api"},
@@ -120,8 +121,22 @@ def test_core_functions_are_handed_objects() -> None:
 
 def test_test_tools_stay_out_of_the_library() -> None:
     for package in ("pytest", "hypothesis"):
-        assert users_of(package) <= {"tdkit.testing"}
-    assert users_of("tdkit.testing") == set()
+        assert {part(name) for name in users_of(package)} <= {"testing"}
+    assert {part(name) for name in users_of("tdkit.testing")} == {"testing"}
+
+
+PYTEST = """
+import sys
+
+import tdkit.pytest_plugin
+
+print(sorted({"torch", "hypothesis", "numpy"} & set(sys.modules)))
+"""
+
+
+def test_every_run_of_pytest_beside_tdkit_waits_for_nothing() -> None:
+    done = subprocess.run([sys.executable, "-c", PYTEST], capture_output=True, text=True)
+    assert done.stdout.split() == ["[]"], done.stderr
 
 
 LIGHT = """

@@ -15,7 +15,8 @@ import tdkit.builtin
 from tdkit import registry as registry_module
 from tdkit.errors import UsageError
 from tdkit.hookspecs import HOOKS, MetricRecord, hookimpl
-from tdkit.registry import Registry, load_registry, lookup
+from tdkit.layers.chains import OWN_STAGES
+from tdkit.registry import Registry, load_registry, lookup, resolve_stages
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -348,3 +349,44 @@ def test_lookup_names_what_is_close(table, name, hint) -> None:
         lookup(getattr(load_registry(()), table), name, "thing")
     assert caught.value.hint is not None
     assert caught.value.hint.startswith(hint)
+
+
+STAGES = """
+from dataclasses import dataclass
+from tdkit.hookspecs import StageRecord, hookimpl
+
+def create():
+    from tdkit.layers.stages import Flatten
+
+    @dataclass(frozen=True)
+    class Mine(Flatten):
+        kinds = ("KIND",)
+
+    FAIL
+    return Mine
+
+@hookimpl
+def tdkit_stages():
+    return [StageRecord("mine", "a stage", create)]
+"""
+
+
+def test_stages_are_the_list_that_readers_take(install) -> None:
+    assert resolve_stages(load_registry(())) == OWN_STAGES
+    install("tdkit-mine", STAGES.replace("KIND", "Mine").replace("FAIL", ""))
+    found = resolve_stages(load_registry())
+    assert set(found) == {*OWN_STAGES, "Mine"}
+    assert found["Mine"].__name__ == "Mine"
+
+
+def test_two_stages_of_one_kind_name_both(install) -> None:
+    install("tdkit-mine", STAGES.replace("KIND", "Flatten").replace("FAIL", ""))
+    with pytest.raises(UsageError, match="stand as 'Flatten' in model files: flatten and mine"):
+        resolve_stages(load_registry())
+
+
+def test_a_stage_that_cannot_be_made_stops_no_other(install) -> None:
+    install("tdkit-mine", STAGES.replace("KIND", "Mine").replace("FAIL", "1 / 0"))
+    registry = load_registry()
+    with pytest.warns(RuntimeWarning, match="the stage mine is not used: ZeroDivisionError"):
+        assert resolve_stages(registry) == OWN_STAGES

@@ -19,7 +19,7 @@ from tdkit.compression.report import Report, measure, near_chance
 from tdkit.costs.uncounted import left_out, outside_macs
 from tdkit.errors import UsageError, option
 from tdkit.layers.inventory import Layer
-from tdkit.layers.spec import LayerSpec
+from tdkit.layers.stages import Stage
 from tdkit.layers.traced import TracedModel
 from tdkit.layers.weights import ModuleWeights
 from tdkit.opening import Opened
@@ -63,7 +63,7 @@ class Compression:
     put_back: Mapping[str, str]
     notes: tuple[str, ...]
     layers: tuple[Layer, ...]
-    structure: Mapping[str, tuple[LayerSpec, ...]]
+    structure: Mapping[str, tuple[Stage, ...]]
     errors: Mapping[str, float]
     verified: bool
     calibration: str

@@ -13,7 +13,7 @@ from tdkit.api import options
 from tdkit.calibration.moments import input_moments
 from tdkit.compression.scoring import blamed, prepare
 from tdkit.compression.scoring import factorize as factorized
-from tdkit.decompositions.base import Rank, count
+from tdkit.decompositions.base import Rank, count, unsupported
 from tdkit.errors import UnsupportedError, UsageError, option
 from tdkit.forward.inputs import Inputs
 from tdkit.layers.evidence import MOMENTS, Evidence
@@ -110,7 +110,7 @@ def factorize(
         moments = input_moments(holder, ["0"], [Inputs((inputs,))])["0"]
     weights, evidence = ModuleWeights(holder), Evidence(arguments.seed(seed), moments)
     assert found.spec is not None
-    reason = how.supports(found.spec.per_group())
+    reason = unsupported(how, found.spec)
     if reason is not None:
         raise UnsupportedError(f"{name} cannot decompose the layer: {reason}")
     with blamed(name, found):

@@ -23,9 +23,9 @@ from tdkit.checkpoint import (
 from tdkit.checkpoint.reading import LoadedModel
 from tdkit.errors import UsageError
 from tdkit.forward.copying import plain_module, require_module
-from tdkit.layers.spec import LayerSpec
+from tdkit.layers.stages import Stage
 from tdkit.opening import Opened
-from tdkit.registry import load_registry
+from tdkit.registry import load_registry, resolve_stages
 
 if TYPE_CHECKING:
     from tdkit.api.compression import Compression
@@ -137,12 +137,16 @@ def load(
         TdkitError: Of the kind that fits what is wrong with the file.
     """
     file, allowed = arguments.source(source), arguments.names(allow_classes, "allow_classes")
+    registry = load_registry()
+    stages = resolve_stages(registry)
     if model is not None:
         require_module(model)
-        return load_into(model, file, allow_classes=allowed, unsafe=unsafe_load).model
+        found = load_into(model, file, stages=stages, allow_classes=allowed, unsafe=unsafe_load)
+        return found.model
     found = load_model(
         file,
-        models=load_registry().models,
+        models=registry.models,
+        stages=stages,
         arch=arch,
         weights=weights,
         allow_classes=allowed,
@@ -238,7 +242,7 @@ def write_model(
     destination: Destination,
     *,
     plan: Mapping[str, Any] | None,
-    structure: Mapping[str, Sequence[LayerSpec]],
+    structure: Mapping[str, Sequence[Stage]],
     training: Mapping[str, Any] | None,
 ) -> None:
     """Write a model that was made from an opened one, from whatever device it is on.

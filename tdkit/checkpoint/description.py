@@ -7,13 +7,14 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tdkit.checkpoint.safe.modules import check_spec
 from tdkit.checkpoint.text import shown
-from tdkit.errors import TdkitError, UnreadableFileError, UsageError
-from tdkit.layers.spec import LayerSpec
+from tdkit.errors import UnreadableFileError, UsageError
+from tdkit.layers.chains import OWN_STAGES, read_stage
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from tdkit.layers.stages import Stage
 
 KEY = "tdkit"
 """The entry of a state-dict file, and of safetensors metadata, that holds the description."""
@@ -30,7 +31,7 @@ class Description:
 
     Args:
         plan: The plan that made the model, as JSON values, or None.
-        structure: Dotted name of each replaced layer to the layers that stand there in sequence.
+        structure: Dotted name of each replaced layer to the stages that stand there in sequence.
         arch: What the model was made from: a registered name, ``package.module:callable`` or None.
         arch_options: Keywords for it: ``in_channels`` and ``num_classes``.
         input_shape: Shape of one input without the batch axis, or None.
@@ -38,7 +39,7 @@ class Description:
     """
 
     plan: Mapping[str, Any] | None = None
-    structure: Mapping[str, tuple[LayerSpec, ...]] = field(default_factory=dict)
+    structure: Mapping[str, tuple[Stage, ...]] = field(default_factory=dict)
     arch: str | None = None
     arch_options: Mapping[str, int] = field(default_factory=dict)
     input_shape: tuple[int, ...] | None = None
@@ -68,15 +69,18 @@ class Description:
             raise UsageError(f"the plan cannot be stored as JSON: {error}") from error
 
 
-def read_description(text: object, source: object) -> Description:
+def read_description(
+    text: object, source: object, stages: Mapping[str, type[Stage]] = OWN_STAGES
+) -> Description:
     """Read what :meth:`Description.to_text` wrote, believing none of it unchecked.
 
     Args:
         text: The text from the file.
         source: The file, for messages.
+        stages: The kinds of stages that it may name. The file never adds to them.
 
     Raises:
-        UnreadableFileError: If it is not such a text.
+        UnreadableFileError: If it is not such a text, or names another kind.
     """
     if isinstance(text, str | bytes) and len(text) > _MOST_TEXT:
         raise _wrong(source, f"has {len(text):,} characters")
@@ -95,7 +99,7 @@ def read_description(text: object, source: object) -> Description:
         raise _wrong(source, "has a plan, a training or an architecture of the wrong kind")
     return Description(
         plan=plan,
-        structure=_structure(value.get("structure"), source),
+        structure=_structure(value.get("structure"), source, stages),
         arch=arch,
         arch_options=_options(value.get("arch_options"), source),
         input_shape=_shape(value.get("input_shape"), source),
@@ -103,26 +107,35 @@ def read_description(text: object, source: object) -> Description:
     )
 
 
-def _structure(value: Any, source: object) -> dict[str, tuple[LayerSpec, ...]]:
+def _structure(
+    value: Any, source: object, stages: Mapping[str, type[Stage]]
+) -> dict[str, tuple[Stage, ...]]:
     if not isinstance(value, dict) or not all(isinstance(specs, list) for specs in value.values()):
         raise _wrong(source, "describes no layers")
-    return {name: _stages(name, specs, source) for name, specs in value.items()}
+    return {name: _stages(name, specs, source, stages) for name, specs in value.items()}
 
 
-def _stages(name: str, values: list[Any], source: object) -> tuple[LayerSpec, ...]:
+def _stages(
+    name: str, values: list[Any], source: object, stages: Mapping[str, type[Stage]]
+) -> tuple[Stage, ...]:
     if not 1 <= len(values) <= _MOST_STAGES:
         raise _wrong(source, f"puts {len(values)} layers in the place of {shown(name)}")
-    specs = []
-    for value in values:
-        try:
-            spec = LayerSpec.from_json(value)
-            reason = check_spec(spec)
-        except (TdkitError, TypeError, AttributeError, ValueError) as error:
-            raise _wrong(source, f"describes {shown(name)} in an unknown way") from error
-        if reason is not None:
-            raise _wrong(source, f"describes {shown(name)} wrongly: {reason}")
-        specs.append(spec)
-    return tuple(specs)
+    unknown = [kind for kind in map(_kind, values) if kind is not None and kind not in stages]
+    if unknown:
+        raise UnreadableFileError(
+            f"{source}: what tdkit stored in it describes {shown(name)} by stages of the kind "
+            f"{shown(unknown[0])}, which nothing here provides",
+            "install the plugin that wrote it; tdkit plugins lists what there is",
+        )
+    try:
+        return tuple(read_stage(value, stages) for value in values)
+    except UsageError as error:
+        raise _wrong(source, f"describes {shown(name)} {error}") from error
+
+
+def _kind(value: Any) -> str | None:
+    kind = value.get("kind") if isinstance(value, dict) else None
+    return kind if isinstance(kind, str) else None
 
 
 def _options(value: Any, source: object) -> dict[str, int]:

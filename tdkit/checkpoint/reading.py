@@ -37,10 +37,11 @@ from tdkit.errors import (
     command,
     option,
 )
+from tdkit.layers.chains import OWN_STAGES
 
 if TYPE_CHECKING:
     from tdkit.hookspecs import ModelRecord
-    from tdkit.layers.spec import LayerSpec
+    from tdkit.layers.stages import Stage
 
 Format = Literal["module", "state-dict", "safetensors", "registered"]
 
@@ -59,7 +60,7 @@ class LoadedModel:
         input_shape: Shape of one input without the batch axis, if known.
         plan: The plan of the compression that made it, if tdkit wrote it.
         notes: What the user should be told.
-        structure: Dotted name of each layer that tdkit replaced to the layers that stand there.
+        structure: Dotted name of each layer that tdkit replaced to the stages that stand there.
         arch_options: Keywords for ``arch``, other than its defaults.
         training: How the weights were trained, as far as known; see :mod:`tdkit.training.settings`.
     """
@@ -71,7 +72,7 @@ class LoadedModel:
     input_shape: tuple[int, ...] | None = None
     plan: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
-    structure: Mapping[str, tuple[LayerSpec, ...]] = field(default_factory=dict)
+    structure: Mapping[str, tuple[Stage, ...]] = field(default_factory=dict)
     arch_options: Mapping[str, int] = field(default_factory=dict)
     training: Mapping[str, Any] | None = None
 
@@ -89,6 +90,7 @@ def load_model(
     source: str | Path,
     *,
     models: Mapping[str, ModelRecord],
+    stages: Mapping[str, type[Stage]] = OWN_STAGES,
     arch: str | None = None,
     weights: str | None = None,
     allow_classes: Sequence[str] = (),
@@ -100,6 +102,7 @@ def load_model(
         source: A file (whole model, state dict, training checkpoint, safetensors, or what tdkit
             wrote) or a registered name. If a file of that name exists, it is the file.
         models: The registered models by name; hyphens and underscores are interchangeable.
+        stages: The kinds of stages that what tdkit wrote may name; a file never adds to them.
         arch: What a state dict belongs to: a registered name or ``package.module:callable``, which
             is imported and called. Without it the shapes tell, where they are unique.
         weights: For registered names: the name of trained weights, or ``none`` for random ones;
@@ -123,7 +126,7 @@ def load_model(
                 "is a file",
                 f"leave {option('weights')} out",
             )
-        return _load_file(path, models, arch, allow_classes, unsafe)
+        return _load_file(path, models, stages, arch, allow_classes, unsafe)
     if name is None:
         raise _unknown_name("model", str(source), models)
     if arch is not None:
@@ -139,6 +142,7 @@ def load_into(
     model: nn.Module,
     source: str | Path,
     *,
+    stages: Mapping[str, type[Stage]] = OWN_STAGES,
     allow_classes: Sequence[str] = (),
     unsafe: bool = False,
 ) -> LoadedModel:
@@ -150,6 +154,7 @@ def load_into(
     Args:
         model: The model; changed in place, and also returned.
         source: The file.
+        stages: As for :func:`load_model`.
         allow_classes: As for :func:`load_model`.
         unsafe: As for :func:`load_model`.
 
@@ -165,7 +170,7 @@ def load_into(
     if isinstance(value, nn.Module):
         check_module(value, path, trusted=unsafe)
         value = {name: part for name, part in value.state_dict().items() if _is_tensor(part)}
-    description = read_description(text, path) if text is not None else Description()
+    description = read_description(text, path, stages) if text is not None else Description()
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     found = match(model, {}, description.structure, value)
     if isinstance(found, Misfit):
@@ -205,6 +210,7 @@ def content_hash(model: nn.Module) -> str:
 def _load_file(
     path: Path,
     models: Mapping[str, ModelRecord],
+    stages: Mapping[str, type[Stage]],
     arch: str | None,
     allow_classes: Sequence[str],
     unsafe: bool,
@@ -214,7 +220,7 @@ def _load_file(
     value, text, notes = _weights_in(contents, path)
     if unsafe:
         notes = (*notes, "unsafe loading was asked for: the file could run any code")
-    description = read_description(text, path) if text is not None else Description()
+    description = read_description(text, path, stages) if text is not None else Description()
     training = description.training
     if training is None and (optimizer := find_optimizer(contents.value)) is not None:
         training = {"optimizer": optimizer}

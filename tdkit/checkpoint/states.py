@@ -15,10 +15,10 @@ from torch.overrides import TorchFunctionMode
 
 from tdkit.checkpoint.text import listed, shown
 from tdkit.errors import UnreadableFileError, option
-from tdkit.layers.spec import LayerSpec
+from tdkit.layers.stages import Stage
 
 State = Mapping[str, Tensor]
-Structure = Mapping[str, tuple[LayerSpec, ...]]
+Structure = Mapping[str, tuple[Stage, ...]]
 Shape = tuple[int, ...]
 
 _USUAL_ENTRIES = (
@@ -227,10 +227,9 @@ def expected_shapes(model: nn.Module, structure: Structure) -> dict[str, Shape]:
             )
         for key in replaced:
             del shapes[key]
-        for position, spec in enumerate(structure[name]):
-            shapes[f"{prefix}{position}.weight"] = spec.weight_shape
-            if spec.bias:
-                shapes[f"{prefix}{position}.bias"] = (spec.out_channels,)
+        for position, stage in enumerate(structure[name]):
+            for parameter, shape in stage.state_shapes.items():
+                shapes[f"{prefix}{position}.{parameter}"] = shape
     return shapes
 
 
@@ -270,14 +269,14 @@ def fill(found: Fit, create: Callable[..., nn.Module] | None, structure: Structu
 
 
 def replace_layers(model: nn.Module, structure: Structure) -> nn.Module:
-    """Replace layers by sequences of unallocated ones, at every place a shared layer stands.
+    """Replace layers by sequences of unallocated stages, at every place a shared layer stands.
 
     Args:
         model: Changed in place.
         structure: What to put where.
     """
     for name in sorted(structure, key=_depth):
-        stages = nn.Sequential(*(spec.build(device="meta") for spec in structure[name]))
+        stages = nn.Sequential(*(stage.build(device="meta") for stage in structure[name]))
         if not name:
             return stages
         old = model.get_submodule(name)

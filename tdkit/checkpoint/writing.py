@@ -19,12 +19,12 @@ from tdkit.checkpoint.safe.archive import EXTRA
 from tdkit.checkpoint.text import shown
 from tdkit.errors import TdkitError, UnsupportedError, UsageError, option
 from tdkit.files import atomic_write, os_error
-from tdkit.layers.spec import LayerSpec, spec_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from tdkit.checkpoint.reading import LoadedModel
+    from tdkit.layers.stages import Stage
 
 FORMATS = ("module", "state-dict", "safetensors", "onnx", "pt2")
 """What ``format`` may be."""
@@ -56,7 +56,7 @@ def save_model(
     force: bool = False,
     inputs: Sequence[str | Path] = (),
     plan: Mapping[str, Any] | None = None,
-    structure: Mapping[str, Sequence[LayerSpec]] | None = None,
+    structure: Mapping[str, Sequence[Stage]] | None = None,
     arch: str | None = None,
     input_shape: Sequence[int] | None = None,
     arch_options: Mapping[str, int] | None = None,
@@ -75,7 +75,7 @@ def save_model(
         force: Whether an existing file may be replaced.
         inputs: Files that are never replaced.
         plan: The plan that made the model, as JSON values.
-        structure: Dotted name of each replaced layer to the layers of the nn.Sequential that
+        structure: Dotted name of each replaced layer to the stages of the nn.Sequential that
             stands there.
         arch: What the model was made from: a registered name or ``package.module:callable``.
         input_shape: Shape of one input without the batch axis; ``onnx`` and ``pt2`` need it.
@@ -156,11 +156,11 @@ def _check_request(format: str, input_shape: tuple[int, ...] | None) -> None:
 
 
 def _complete(
-    model: nn.Module, structure: Mapping[str, Sequence[LayerSpec]]
-) -> dict[str, tuple[LayerSpec, ...]]:
+    model: nn.Module, structure: Mapping[str, Sequence[Stage]]
+) -> dict[str, tuple[Stage, ...]]:
     """The structure, checked against the model, with every other name of a shared module."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    found: dict[str, tuple[LayerSpec, ...]] = {}
+    found: dict[str, tuple[Stage, ...]] = {}
     for name, specs in structure.items():
         module = modules.get(name)
         if not isinstance(module, nn.Sequential) or not _is_built_from(module, name, structure):
@@ -174,23 +174,22 @@ def _complete(
 
 
 def _is_built_from(
-    module: nn.Sequential, name: str, structure: Mapping[str, Sequence[LayerSpec]]
+    module: nn.Sequential, name: str, structure: Mapping[str, Sequence[Stage]]
 ) -> bool:
     """Whether the stages are those of the structure; one replaced again has a turn of its own."""
     specs = structure[name]
     prefix = f"{name}." if name else ""
     return len(module) == len(specs) and all(
-        f"{prefix}{position}" in structure or _is_like(stage, spec)
-        for position, (stage, spec) in enumerate(zip(module, specs, strict=True))
+        f"{prefix}{position}" in structure or _is_like(part, stage)
+        for position, (part, stage) in enumerate(zip(module, specs, strict=True))
     )
 
 
-def _is_like(stage: nn.Module, spec: LayerSpec) -> bool:
-    try:
-        found = spec_of(stage)
-    except KeyError:
-        return False
-    return (found.weight_shape, found.bias) == (spec.weight_shape, spec.bias)
+def _is_like(module: nn.Module, stage: Stage) -> bool:
+    found = stage.of(module)
+    if found is None or stage.weight_shape is None:
+        return found == stage
+    return found.state_shapes == stage.state_shapes
 
 
 def _state(model: nn.Module) -> dict[str, Any]:

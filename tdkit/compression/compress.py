@@ -34,13 +34,13 @@ from tdkit.compression.verification import verify
 from tdkit.costs.base import Change, Cost, is_known, total_cost
 from tdkit.costs.macs import MACS
 from tdkit.costs.params import PARAMS
-from tdkit.decompositions.base import Decomposition, check_rank
+from tdkit.decompositions.base import Decomposition, check_rank, unsupported
 from tdkit.decompositions.settings import settings_of
 from tdkit.errors import UnsupportedError, UsageError, command, first_line, option, unknown_name
 from tdkit.forward.inputs import Inputs
 from tdkit.layers.evidence import Evidence
 from tdkit.layers.inventory import Layer
-from tdkit.layers.spec import LayerSpec, spec_of
+from tdkit.layers.stages import Stage
 from tdkit.layers.traced import TracedModel
 from tdkit.metrics.base import Metric, relative
 from tdkit.metrics.weights import RELATIVE
@@ -110,7 +110,7 @@ class Compressed:
     model: nn.Module
     plan: Plan
     layers: tuple[Layer, ...]
-    structure: Mapping[str, tuple[LayerSpec, ...]]
+    structure: Mapping[str, tuple[Stage, ...]]
     errors: Mapping[str, float]
     put_back: Mapping[str, str]
     verified: bool
@@ -284,7 +284,8 @@ def apply_plan(
                 factorized[layer] = known[key]
             if traced.inputs is not None:
                 modules = {layer: factorized[layer].module for layer in block}
-                broken |= verify(traced.model, modules, traced.inputs)
+                stages = {layer: factorized[layer].stages for layer in block}
+                broken |= verify(traced.model, modules, traced.inputs, stages)
             for layer in block:
                 if layer.name not in broken:
                     surgery.replace(layer, factorized[layer].module)
@@ -292,7 +293,7 @@ def apply_plan(
             surgery.undo()
         uncalibrated = statistics.shift(traced.model) if not (broken and all_or_nothing) else None
     kept = {layer: f for layer, f in factorized.items() if layer.name not in broken}
-    structure = {layer.name: tuple(map(spec_of, f.module)) for layer, f in kept.items()}
+    structure = {layer.name: f.stages for layer, f in kept.items()}
     return Compressed(
         model=traced.model,
         plan=_without(replace(plan, moves=tuple(moves.values())), broken),
@@ -366,7 +367,7 @@ def _after(
     before: int | None,
     cost: Cost,
     replaced: Mapping[Layer, _Factorized],
-    structure: Mapping[str, tuple[LayerSpec, ...]],
+    structure: Mapping[str, tuple[Stage, ...]],
 ) -> Change | None:
     if before is None:
         return None
@@ -421,6 +422,7 @@ def _resolve(plan: Plan, layers: Sequence[Layer]) -> dict[Layer, Move]:
 @dataclass(frozen=True)
 class _Factorized:
     module: nn.Sequential
+    stages: tuple[Stage, ...]
     error: float
 
 
@@ -428,7 +430,7 @@ def _check_move(layer: Layer, move: Move, methods: Mapping[str, Decomposition]) 
     if move.method not in methods:
         raise unknown_name(move.method, list(methods), "method")
     assert layer.spec is not None
-    reason = methods[move.method].supports(layer.spec.per_group())
+    reason = unsupported(methods[move.method], layer.spec)
     if reason is not None:
         raise UnsupportedError(
             f"{move.method} cannot decompose the layer {layer.name!r}: {reason}",
@@ -455,6 +457,7 @@ def _factorized(
         distance = refined.error(move.rank)
         return _Factorized(
             factorize(layer, traced.weights, refined, move.rank),
+            refined.stages(move.rank),
             relative(distance, refined.norm, layer.spec.weight_parameters),
         )
 

@@ -23,6 +23,7 @@ from tdkit.decompositions.base import (
     count,
     factorized_module,
     prepared,
+    unsupported,
 )
 from tdkit.errors import TdkitError, UnsupportedError, UsageError, first_line, option
 from tdkit.forward.inputs import Inputs
@@ -168,12 +169,12 @@ def _candidates(
 ) -> Iterator[_Scored]:
     with blamed(method, layer):
         evidence = Evidence(grid.seed, moments)
-        prepared = prepare(layer, weights, method, grid.methods[method], evidence)
-        if prepared is None:
+        ready = prepare(layer, weights, method, grid.methods[method], evidence)
+        if ready is None:
             return
-        for rank in _ranks(layer, prepared, grid, grid.limits.get(method, 1.0)):
-            stand_in = factorize(layer, weights, prepared, rank) if grid.features else None
-            found = candidate_of(layer, method, prepared, rank, grid.metrics, grid.costs)
+        for rank in _ranks(layer, ready, grid, grid.limits.get(method, 1.0)):
+            stand_in = factorize(layer, weights, ready, rank) if grid.features else None
+            found = candidate_of(layer, method, ready, rank, grid.metrics, grid.costs)
             yield found, stand_in
 
 
@@ -243,8 +244,15 @@ def prepare(
 
     The random start depends on the seed, the layer and the method alone, so that a plan applied
     later rebuilds the very factors that were scored.
+
+    Args:
+        layer: The layer.
+        weights: Where its weight is.
+        method_name: The method's name.
+        method: The method.
+        evidence: The seed of the whole run, and what is known of the layer's inputs.
     """
-    if layer.spec is None or method.supports(layer.spec.per_group()) is not None:
+    if layer.spec is None or unsupported(method, layer.spec) is not None:
         return None
     start = zlib.crc32(f"{evidence.seed}/{layer.name}/{method_name}".encode())
     # A copy, so that a method that works in place spoils nothing but its own.
@@ -256,7 +264,7 @@ def unsupported_by_all(layer: Layer, methods: Mapping[str, Decomposition]) -> st
     """Why none of the methods supports a layer; None when one does."""
     if layer.spec is None:
         return layer.reason
-    reasons = {n: method.supports(layer.spec.per_group()) for n, method in methods.items()}
+    reasons = {n: unsupported(method, layer.spec) for n, method in methods.items()}
     if any(reason is None for reason in reasons.values()):
         return None
     return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -19,13 +19,16 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from tdkit.decompositions.base import compose, join_groups
+from tdkit.decompositions.base import compose
 from tdkit.errors import UnsupportedError, first_line
 from tdkit.forward.copying import shared_copy
 from tdkit.forward.inputs import Inputs
 from tdkit.forward.trial import trial
+from tdkit.layers.chains import stage_of
+from tdkit.layers.impulses import join_groups
 from tdkit.layers.inventory import Layer, replace_layer
-from tdkit.layers.spec import LayerSpec, spec_of
+from tdkit.layers.spec import LayerSpec
+from tdkit.layers.stages import Stage
 
 # By the precision of the outputs; in half precision rounding alone adds up to percents.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -38,7 +41,10 @@ _BLIND = "without the shape of its input it is compressed unverified"
 
 
 def verify(
-    model: nn.Module, factorized: Mapping[Layer, nn.Sequential], inputs: Inputs
+    model: nn.Module,
+    factorized: Mapping[Layer, nn.Sequential],
+    inputs: Inputs,
+    stages: Mapping[Layer, Sequence[Stage]] | None = None,
 ) -> dict[str, str]:
     """Which factorized layers break the model, and how.
 
@@ -51,6 +57,7 @@ def verify(
         factorized: What stands in for which layer.
         inputs: Arguments of one forward pass; of one sample two are made where that runs, since
             BatchNorm in train mode refuses one.
+        stages: What each stand-in is built from, where that is more than tdkit's own kinds.
 
     Returns:
         A reason for every layer that has to be put back; empty when the model is right.
@@ -61,7 +68,7 @@ def verify(
     """
     if not factorized:
         return {}
-    comparison = _Comparison(model, inputs)
+    comparison = _Comparison(model, inputs, stages or {})
     if comparison.difference(factorized) is None:
         return {}
     kept: dict[Layer, nn.Sequential] = {}
@@ -75,35 +82,48 @@ def verify(
     return broken
 
 
-def dense_weight(module: nn.Sequential, spec: LayerSpec) -> Tensor:
+def dense_weight(
+    module: nn.Sequential, spec: LayerSpec, stages: Sequence[Stage] | None = None
+) -> Tensor:
     """The weight, in torch's layout and float64, that a factorized layer amounts to.
 
     Args:
-        module: The stages.
+        module: The modules of the stages.
         spec: The layer that they stand in for.
+        stages: The stages; None reads them off the modules, of tdkit's own kinds.
+
+    Raises:
+        UnsupportedError: If a module is none of tdkit's own stages.
     """
+    stages = _stages_of(module) if stages is None else stages
+    ungrouped = [stage.ungrouped(spec.groups) for stage in stages]
+    weights = [
+        part.get_parameter("weight").detach().double().chunk(spec.groups)
+        for part, stage in zip(module, stages, strict=True)
+        if stage.weight_shape is not None
+    ]
     group = spec.per_group()
-    stages = [spec_of(stage) for stage in module]
-    weights = [stage.get_parameter("weight").detach().double() for stage in module]
-    ungrouped = [_ungrouped(stage, spec.groups) for stage in stages]
-    parts = zip(*(weight.chunk(spec.groups) for weight in weights), strict=True)
-    return join_groups(torch.stack([compose(ungrouped, part, group) for part in parts]), spec)
+    parts = [compose(ungrouped, part, group) for part in zip(*weights, strict=True)]
+    return join_groups(torch.stack(parts), spec)
 
 
-def _ungrouped(stage: LayerSpec, groups: int) -> LayerSpec:
-    return replace(
-        stage,
-        in_channels=stage.in_channels // groups,
-        out_channels=stage.out_channels // groups,
-        groups=stage.groups // groups,
-    )
+def _stages_of(module: nn.Sequential) -> list[Stage]:
+    stages = []
+    for part in module:
+        stage = stage_of(part)
+        if stage is None:
+            raise UnsupportedError(f"a {type(part).__name__} is no stage of a factorized layer")
+        stages.append(stage)
+    return stages
 
 
 class _Comparison:
     """A dense model, in the widest precision that it runs in, and inputs for it."""
 
-    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
-        self.model, self.inputs = model, inputs.two_samples()
+    def __init__(
+        self, model: nn.Module, inputs: Inputs, stages: Mapping[Layer, Sequence[Stage]]
+    ) -> None:
+        self.model, self.inputs, self.stages = model, inputs.two_samples(), stages
         plain = _outputs(model, self.inputs)
         if isinstance(plain, str):
             # It may take no other batch than the one it was shown.
@@ -155,7 +175,7 @@ class _Comparison:
         for layer, module in factorized.items():
             assert layer.spec is not None
             weight = reference.get_submodule(layer.name).get_parameter("weight")
-            found = dense_weight(module, layer.spec)
+            found = dense_weight(module, layer.spec, self.stages.get(layer))
             weight.data = found if self.wide else found.to(weight.dtype)
             replace_layer(compressed, layer, module)
         return reference, compressed

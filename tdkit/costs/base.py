@@ -11,7 +11,7 @@ from torch import nn
 
 from tdkit.errors import UsageError, option
 from tdkit.layers.inventory import Layer
-from tdkit.layers.spec import LayerSpec
+from tdkit.layers.stages import Stage
 
 CALLS = "calls"
 """The need of a cost that depends on how the model calls its layers, as MACs do."""
@@ -36,7 +36,7 @@ class Cost(ABC):
     needs: frozenset[str] = frozenset()
 
     @abstractmethod
-    def of(self, stages: Sequence[LayerSpec], layer: Layer) -> int:
+    def of(self, stages: Sequence[Stage], layer: Layer) -> int:
         """What some stages in a row cost where a layer stands, at least 0.
 
         Args:
@@ -72,7 +72,7 @@ def is_known(cost: Cost, layer: Layer) -> bool:
     return layer.spec is not None and (CALLS not in cost.needs or layer.calls is not None)
 
 
-def change(cost: Cost, stages: Sequence[LayerSpec], layer: Layer) -> Change | None:
+def change(cost: Cost, stages: Sequence[Stage], layer: Layer) -> Change | None:
     """What replacing a layer by stages changes; None where the cost is unknown."""
     if layer.spec is None or not is_known(cost, layer):
         return None

@@ -9,7 +9,7 @@ from torch import nn
 from tdkit.costs.base import CALLS, Cost
 from tdkit.layers.counting import macs
 from tdkit.layers.inventory import Layer
-from tdkit.layers.spec import LayerSpec
+from tdkit.layers.stages import Stage
 
 
 class Macs(Cost):
@@ -19,7 +19,7 @@ class Macs(Cost):
     unit = "MACs"
     needs = frozenset({CALLS})
 
-    def of(self, stages: Sequence[LayerSpec], layer: Layer) -> int:
+    def of(self, stages: Sequence[Stage], layer: Layer) -> int:
         """Over all calls of the layer that one sample causes."""
         return macs(stages, layer.calls or ())
 

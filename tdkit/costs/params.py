@@ -9,7 +9,7 @@ from torch import nn
 from tdkit.costs.base import Cost
 from tdkit.layers.counting import model_parameters
 from tdkit.layers.inventory import Layer
-from tdkit.layers.spec import LayerSpec
+from tdkit.layers.stages import Stage
 
 
 class Params(Cost):
@@ -18,7 +18,7 @@ class Params(Cost):
     name = "params"
     unit = "parameters"
 
-    def of(self, stages: Sequence[LayerSpec], layer: Layer) -> int:
+    def of(self, stages: Sequence[Stage], layer: Layer) -> int:
         """Weights and biases of all stages."""
         return sum(stage.parameters for stage in stages)
 

@@ -1,28 +1,36 @@
 """The contract of a decomposition, and everything that follows from it.
 
-An author writes which layers, which rank for a keep, which stages (ordinary torch layers,
-described by :class:`~tdkit.layers.spec.LayerSpec`) and their weights. Groups never show up: a
-grouped layer is decomposed group by group and its stages are put side by side again.
-Reconstruction, errors, parameter and MAC counts follow from the stages.
+An author writes the largest rank, which stages (records of ordinary torch layers, see
+:class:`~tdkit.layers.stages.Stage`) and their weights, and, where the defaults do not do, which
+layers and which rank for a keep. Groups never show up: a grouped layer is decomposed group by group
+and its stages are put side by side again. Nor does the bias: the last stage carries it, or stages
+that are appended for it. Reconstruction, errors, parameter and MAC counts follow from the stages.
 """
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from functools import reduce
+from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache, reduce
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from tdkit.errors import UnsupportedError, UsageError
-from tdkit.layers.evidence import Evidence
+from tdkit.layers.chains import weighted
+from tdkit.layers.evidence import NO_EVIDENCE, Evidence, as_evidence
+from tdkit.layers.impulses import join_groups, split_groups
 from tdkit.layers.spec import LayerSpec
+from tdkit.layers.stages import Flatten, Permute, Stage, Unflatten
 
 Rank = int | tuple[int, ...]
 
 RANK_RULES = ("best", "proportional")
+
+# Convolutions go over up to three axes beside the batch and the channels.
+_MOST_LEADING = 4
 
 
 class Decomposition(ABC):
@@ -33,31 +41,72 @@ class Decomposition(ABC):
     Attributes:
         random: Whether the result depends on the seed. A study repeats such a method in every run
             and measures the others once.
+        grouped: Whether grouped layers can be decomposed group by group. Not where a stage cannot
+            be put side by side, as those that move entries cannot.
+        needs: What it wants of the :class:`~tdkit.layers.evidence.Evidence` beside the seed:
+            ``moments`` or nothing. It must do without where there is none.
     """
 
     random: bool = False
-    needs: frozenset[str] = frozenset()
+    grouped: bool = True
+    needs: ClassVar[frozenset[str]] = frozenset()
 
     def supports(self, layer: LayerSpec) -> str | None:
         """None when the layer can be decomposed, else the reason why not."""
         return None
 
-    @abstractmethod
     def rank(self, layer: LayerSpec, keep: float) -> Rank:
         """The proportional rank: about ``keep`` of the layer's weight parameters remain.
+
+        Unless overridden, the rank on the :meth:`ladder` whose parameters are nearest to that.
 
         Args:
             layer: One group.
             keep: Fraction of the weight parameters, above 0.
         """
+        return _nearest(self, layer, keep * layer.weight_parameters)
 
     @abstractmethod
     def max_rank(self, layer: LayerSpec) -> Rank:
-        """The largest rank of use; at it, or at :attr:`full_rank`, the layer is reproduced."""
+        """The largest rank of use; at it the layer is reproduced."""
+
+    def ladder(self, layer: LayerSpec) -> Sequence[Rank]:
+        """Ranks from the smallest to the largest, none with fewer parameters than the one before.
+
+        Unless overridden, all entries of the largest rank are scaled by a common share, each at
+        least 1.
+        """
+        largest = self.max_rank(layer)
+        if isinstance(largest, int):
+            return range(1, largest + 1)
+        top = max(largest)
+        return [tuple(max(1, r * step // top) for r in largest) for step in range(1, top + 1)]
+
+    def check_rank(self, layer: LayerSpec, rank: Rank) -> None:
+        """Refuse a rank that does not fit a layer.
+
+        Unless overridden, one of another arity than the largest, or with an entry below 1 or above
+        the largest's.
+
+        Raises:
+            UsageError: Naming the rank and what is allowed.
+        """
+        largest = self.max_rank(layer)
+        given, allowed = as_tuple(rank), as_tuple(largest)
+        fits = isinstance(rank, int) == isinstance(largest, int) and len(given) == len(allowed)
+        if not fits or any(not 1 <= r <= top for r, top in zip(given, allowed, strict=True)):
+            one = isinstance(largest, int)
+            form = "one whole number" if one else f"{len(allowed)} whole numbers"
+            ranges = " and ".join(f"from 1 to {top}" for top in allowed)
+            example = list(largest) if isinstance(largest, tuple) else largest
+            raise UsageError(
+                f"rank {rank} does not fit this layer: it must be {form}, {ranges}",
+                f'in a plan the largest is written "rank": {example}',
+            )
 
     @abstractmethod
-    def stages(self, layer: LayerSpec, rank: Rank) -> Sequence[LayerSpec]:
-        """The bias-free layers that, applied in order, stand in for one group."""
+    def stages(self, layer: LayerSpec, rank: Rank) -> Sequence[Stage]:
+        """The bias-free stages that, applied in order, stand in for one group."""
 
     def decompose(
         self, layer: LayerSpec, weight: Tensor, rank: Rank, generator: torch.Generator
@@ -72,23 +121,29 @@ class Decomposition(ABC):
             generator: The only source of randomness.
 
         Returns:
-            One tensor per stage, in the layout of the torch layer it goes into.
+            One tensor per stage that has a weight, in the layout of the module it goes into.
         """
         raise TypeError(f"{type(self).__name__} overrides neither decompose nor prepare")
 
-    def prepare(self, layer: LayerSpec, weight: Tensor, seed: int = 0) -> Prepared:
+    def prepare(
+        self, layer: LayerSpec, weight: Tensor, evidence: Evidence | int = NO_EVIDENCE
+    ) -> Prepared:
         """Do what all ranks share. Override it together with a subclass of :class:`Prepared`.
+
+        Call it through :func:`prepared`: overrides that take a ``seed`` in the place of the
+        evidence, as they did before there was any, are called with that.
 
         Args:
             layer: The whole layer, with its groups.
             weight: The layer's weight in torch's layout.
-            seed: Seeds the randomness of methods that have any.
+            evidence: The seed, and what ``needs`` asks for where it was collected; a number is the
+                seed.
 
         Raises:
             UnsupportedError: If the weight has NaN or infinite entries or the layer is not
                 supported.
         """
-        return Prepared(self, layer, weight, seed)
+        return Prepared(self, layer, weight, evidence)
 
 
 class Prepared:
@@ -104,7 +159,8 @@ class Prepared:
         group: One of its groups, as a layer without groups and bias.
         scale: The largest absolute entry of the weight.
         weight: The scaled weight in float64, (groups, out, in, *kernel).
-        seed: The seed of :meth:`Decomposition.prepare`.
+        evidence: The evidence of :meth:`Decomposition.prepare`.
+        seed: The seed in it.
     """
 
     def __init__(
@@ -112,14 +168,14 @@ class Prepared:
         method: Decomposition,
         layer: LayerSpec,
         weight: Tensor,
-        seed: int | Evidence = 0,
+        evidence: Evidence | int = NO_EVIDENCE,
     ) -> None:
         self.method = method
         self.layer = layer
         self.group = layer.per_group()
-        self.evidence = seed if isinstance(seed, Evidence) else Evidence(seed)
+        self.evidence = as_evidence(evidence)
         self.seed = self.evidence.seed
-        reason = method.supports(self.group)
+        reason = unsupported(method, layer)
         if reason:
             raise UnsupportedError(f"this layer cannot be decomposed so: {reason}")
         if not bool(torch.isfinite(weight).all()):
@@ -143,7 +199,15 @@ class Prepared:
         """
         if rule == "proportional":
             return self.method.rank(self.group, keep)
-        return self.best_rank(int(keep * self.group.weight_parameters))
+        return self.best_rank(int(keep * self.group.weight_parameters) - self._carried)
+
+    @cached_property
+    def _carried(self) -> int:
+        """Weights per group of the stages that only carry the bias, if there are such."""
+        largest = self.method.max_rank(self.group) if self.layer.bias else 1
+        stages = bias_stages(self.method, self.layer, largest)
+        weights = count(stages) - (self.layer.out_channels if stages else 0)
+        return -(-weights // self.layer.groups)
 
     def best_rank(self, parameters: int) -> Rank:
         """The rank of least error with at most this many weight parameters per group.
@@ -181,12 +245,15 @@ class Prepared:
         check_rank(self.method, self.group, rank)
         return self.scale * self.unit_error(rank)
 
-    def stages(self, rank: Rank) -> tuple[LayerSpec, ...]:
-        """The torch layers of the factorization; the last one carries the bias."""
+    def stages(self, rank: Rank) -> tuple[Stage, ...]:
+        """The stages of the factorization; one of the last carries the bias."""
         return layer_stages(self.method, self.layer, rank)
 
     def factors(self, rank: Rank) -> list[Tensor]:
-        """The weights of :meth:`stages` in torch's layout and float64, the scale spread evenly.
+        """The weights of :meth:`stages`, of those that have one, in torch's layout and float64.
+
+        The scale is spread evenly over the weights that the method made; what is appended to carry
+        the bias has ones.
 
         Raises:
             UsageError: If the rank does not fit the layer.
@@ -194,7 +261,9 @@ class Prepared:
         check_rank(self.method, self.group, rank)
         weights = [torch.cat(column) for column in zip(*self._factors(rank), strict=True)]
         share = self.scale ** (1 / len(weights))
-        return [weight * share for weight in weights]
+        appended = bias_stages(self.method, self.layer, rank)
+        ones = [weights[0].new_ones(s.weight_shape) for s in appended if s.weight_shape is not None]
+        return [*(weight * share for weight in weights), *ones]
 
     def dense(self) -> Tensor:
         """The layer's weight as it was given, in torch's layout and float64."""
@@ -220,14 +289,50 @@ class Prepared:
 
 
 def prepared(
-    method: Decomposition, layer: LayerSpec, weight: Tensor, evidence: Evidence
+    method: Decomposition, layer: LayerSpec, weight: Tensor, evidence: Evidence | int = NO_EVIDENCE
 ) -> Prepared:
-    """TEMPORARY."""
-    return method.prepare(layer, weight, evidence.seed)
+    """Prepare a layer with what the method's override of :meth:`Decomposition.prepare` takes.
+
+    Args:
+        method: The decomposition.
+        layer: The whole layer.
+        weight: Its weight in torch's layout.
+        evidence: See :meth:`Decomposition.prepare`; a method of old, whose override has a
+            parameter ``seed``, sees no more than that of it.
+
+    Raises:
+        UnsupportedError: As :meth:`Decomposition.prepare`.
+    """
+    evidence = as_evidence(evidence)
+    if _takes_seed(type(method).prepare):
+        old: Any = method.prepare
+        result: Prepared = old(layer, weight, seed=evidence.seed)
+        return result
+    return method.prepare(layer, weight, evidence)
 
 
-def layer_stages(method: Decomposition, layer: LayerSpec, rank: Rank) -> tuple[LayerSpec, ...]:
-    """The torch layers that stand in for a whole layer at a rank; the last carries the bias.
+@lru_cache
+def _takes_seed(prepare: Callable[..., Prepared]) -> bool:
+    return "seed" in inspect.signature(prepare).parameters
+
+
+def unsupported(method: Decomposition, layer: LayerSpec) -> str | None:
+    """Why a method does not serve a whole layer, with its groups and bias; None where it does."""
+    if layer.groups > 1 and not method.grouped:
+        return "it does not serve grouped layers"
+    reason = method.supports(layer.per_group())
+    if reason is not None or not layer.bias or layer.leading <= _MOST_LEADING:
+        return reason
+    if not bias_stages(method, layer, method.max_rank(layer.per_group())):
+        return None
+    return f"its bias needs at most {_MOST_LEADING} axes before the features"
+
+
+def layer_stages(method: Decomposition, layer: LayerSpec, rank: Rank) -> tuple[Stage, ...]:
+    """The stages that stand in for a whole layer at a rank, its bias included.
+
+    The last one carries the bias if it puts out the layer's channels in one axis; else those of
+    :func:`bias_stages` do.
 
     Raises:
         UsageError: If the rank does not fit the layer.
@@ -235,89 +340,122 @@ def layer_stages(method: Decomposition, layer: LayerSpec, rank: Rank) -> tuple[L
     group = layer.per_group()
     check_rank(method, group, rank)
     stages = [stage.repeated(layer.groups) for stage in method.stages(group, rank)]
+    appended = bias_stages(method, layer, rank)
+    if appended:
+        return (*stages, *appended)
     return (*stages[:-1], stages[-1].with_bias(layer.bias))
 
 
+def bias_stages(method: Decomposition, layer: LayerSpec, rank: Rank) -> tuple[Stage, ...]:
+    """The stages that a chain needs after its own to carry the bias; none where its last one can.
+
+    A depthwise 1x1 convolution whose weights are ones. The features of a Linear are moved to where
+    a convolution looks for channels and back.
+
+    Args:
+        method: The decomposition.
+        layer: The whole layer.
+        rank: A rank that fits it.
+    """
+    if not layer.bias:
+        return ()
+    group = layer.per_group()
+    if method.stages(group, rank)[-1].carries_bias(group.out_channels):
+        return ()
+    return _bias_chain(layer)
+
+
+def _bias_chain(layer: LayerSpec) -> tuple[Stage, ...]:
+    out, leading = layer.out_channels, layer.leading
+    if layer.kind != "Linear":
+        return (_adding(layer.kind[-2], out),)
+    if leading <= 1:
+        return (Unflatten(-1, (out, 1)), _adding("1", out), Flatten(-2, -1))
+    last = tuple(range(1, leading))
+    return (
+        Permute((0, leading, *last)),
+        _adding(str(leading - 1), out),
+        Permute((0, *(axis + 1 for axis in last), 1)),
+    )
+
+
+def _adding(axes: str, channels: int) -> LayerSpec:
+    """A depthwise 1x1 convolution over some axes, which is there for its bias."""
+    example = LayerSpec(f"Conv{axes}d", 1, 1, kernel_size=(1,) * int(axes))
+    return example.pointwise(1, 1).repeated(channels).with_bias(True)
+
+
 def check_rank(method: Decomposition, group: LayerSpec, rank: Rank) -> None:
-    """Refuse a rank of the wrong arity, below one or above what is of use.
+    """Refuse a rank that the method cannot give to one group of a layer.
 
     Raises:
         UsageError: Naming the rank and what is allowed.
     """
-    largest = method.max_rank(group)
-    given, allowed = as_tuple(rank), as_tuple(largest)
-    fits = isinstance(rank, int) == isinstance(largest, int) and len(given) == len(allowed)
-    if not fits or any(not 1 <= r <= top for r, top in zip(given, allowed, strict=True)):
-        form = "one whole number" if isinstance(largest, int) else f"{len(allowed)} whole numbers"
-        ranges = " and ".join(f"from 1 to {top}" for top in allowed)
-        example = list(largest) if isinstance(largest, tuple) else largest
-        raise UsageError(
-            f"rank {rank} does not fit this layer: it must be {form}, {ranges}",
-            f'in a plan the largest is written "rank": {example}',
-        )
+    method.check_rank(group, rank)
 
 
-def compose(stages: Sequence[LayerSpec], weights: Sequence[Tensor], group: LayerSpec) -> Tensor:
+def compose(stages: Sequence[Stage], weights: Sequence[Tensor], group: LayerSpec) -> Tensor:
     """The dense weight of the linear map that stages amount to.
 
-    Of linear layers the product. For convolutions, feeds one unit impulse per input channel
-    through the stages, stripped of stride, padding and dilation, and reads the kernel off the
-    output. Where stages share no axis, as in most methods, that is a product as well.
+    Of linear layers the product. Otherwise feeds one unit impulse per input channel through the
+    stages, stripped of stride, padding and dilation, and reads the kernel off the output. Where
+    convolutions share no axis, as in most methods, that is a product as well.
 
     Args:
-        stages: Bias-free layers in order.
-        weights: Their weights in torch's layout.
+        stages: Bias-free stages in order.
+        weights: The weights of those that have one, in torch's layout.
         group: The layer they replace, without groups.
 
     Returns:
         (out, in, *kernel), in the dtype of the weights.
     """
-    if group.kind == "Linear":
+    pairs = weighted(stages, weights)
+    if all(stage.kind == "Linear" for stage in stages):
         return reduce(lambda product, weight: weight @ product, weights)
-    signal = torch.eye(group.in_channels, dtype=weights[0].dtype, device=weights[0].device)
-    signal = signal.reshape(*signal.shape, *(1 for _ in group.kernel_size))
-    for stage, weight in zip(stages, weights, strict=True):
-        signal = _impulse_response(stage, weight, signal)
-    return signal.transpose(0, 1)
+
+    def response(signal: Tensor) -> Tensor:
+        for stage, weight in pairs:
+            signal = stage.compose(weight, signal)
+        return signal
+
+    channels = group.in_channels
+    signal = torch.eye(channels, dtype=weights[0].dtype, device=weights[0].device)
+    if group.kind != "Linear":
+        kernel = response(signal.reshape(channels, channels, *(1 for _ in group.kernel_size)))
+        return kernel.transpose(0, 1)
+    if group.leading == 0:  # the stages know of no axis for impulses
+        return torch.stack([response(impulse) for impulse in signal], dim=1)
+    result = response(signal.reshape(channels, *(1 for _ in range(group.leading - 1)), channels))
+    return result.flatten(0, group.leading - 1).T
 
 
 def factorized_module(
-    stages: Sequence[LayerSpec],
+    stages: Sequence[Stage],
     weights: Sequence[Tensor],
     bias: Tensor | None,
     dtype: torch.dtype,
     device: torch.device | str | None = None,
 ) -> nn.Sequential:
-    """The ordinary torch layers of a factorization, their weights filled in.
+    """The ordinary torch modules of a factorization, their weights filled in.
 
     Args:
-        stages: The layers in order.
-        weights: Their weights, in torch's layout.
-        bias: The bias of the last layer, or None.
+        stages: In order.
+        weights: The weights of those that have one, in torch's layout.
+        bias: What goes into the stage that has a bias, or None.
         dtype: Of the module.
         device: Of the module.
     """
     module = nn.Sequential(*(stage.build(dtype=dtype, device=device) for stage in stages))
     with torch.no_grad():
-        for layer, weight in zip(module, weights, strict=True):
-            layer.get_parameter("weight").copy_(weight)
-        if bias is not None:
-            module[-1].get_parameter("bias").copy_(bias)
+        for part, (stage, weight) in zip(module, weighted(stages, weights), strict=True):
+            if weight is not None:
+                part.get_parameter("weight").copy_(weight)
+            if stage.bias and bias is not None:
+                part.get_parameter("bias").copy_(bias)
     return module
 
 
-def split_groups(weight: Tensor, layer: LayerSpec) -> Tensor:
-    """A weight in torch's layout as (groups, out, in, *kernel)."""
-    parts: Tensor = weight.unflatten(0, (layer.groups, -1))
-    return parts.transpose(1, 2) if layer.transposed else parts
-
-
-def join_groups(parts: Tensor, layer: LayerSpec) -> Tensor:
-    """The inverse of :func:`split_groups`."""
-    return (parts.transpose(1, 2) if layer.transposed else parts).flatten(0, 1)
-
-
-def count(stages: Sequence[LayerSpec]) -> int:
+def count(stages: Sequence[Stage]) -> int:
     """The number of parameters of stages, biases included."""
     return sum(stage.parameters for stage in stages)
 
@@ -327,11 +465,9 @@ def as_tuple(rank: Rank) -> tuple[int, ...]:
     return (rank,) if isinstance(rank, int) else rank
 
 
-def _checked(
-    factors: Sequence[Tensor], stages: Sequence[LayerSpec], method: str
-) -> Sequence[Tensor]:
+def _checked(factors: Sequence[Tensor], stages: Sequence[Stage], method: str) -> Sequence[Tensor]:
     shapes = [tuple(factor.shape) for factor in factors]
-    wanted = [stage.weight_shape for stage in stages]
+    wanted = [stage.weight_shape for stage in stages if stage.weight_shape is not None]
     if shapes != wanted:
         raise UnsupportedError(f"{method} returned factors of shapes {shapes}, not {wanted}")
     if not all(bool(torch.isfinite(factor).all()) for factor in factors):
@@ -339,39 +475,18 @@ def _checked(
     return factors
 
 
-def _impulse_response(stage: LayerSpec, weight: Tensor, signal: Tensor) -> Tensor:
-    if all(1 in sizes for sizes in zip(stage.kernel_size, signal.shape[2:], strict=True)):
-        return _outer_product(stage, weight, signal)
-    # A transposed convolution spreads an impulse into its kernel as it is; for an ordinary one
-    # the same takes full padding and the flipped kernel, since torch's convolution correlates.
-    axes = len(stage.kernel_size)
-    if stage.transposed:
-        spread = [
-            functional.conv_transpose1d,
-            functional.conv_transpose2d,
-            functional.conv_transpose3d,
-        ][axes - 1]
-        return spread(signal, weight, groups=stage.groups)
-    correlate = [functional.conv1d, functional.conv2d, functional.conv3d][axes - 1]
-    flipped = weight.flip(tuple(range(2, 2 + axes)))
-    padding = tuple(size - 1 for size in stage.kernel_size)
-    return correlate(signal, flipped, padding=padding, groups=stage.groups)
+def _nearest(method: Decomposition, layer: LayerSpec, wanted: float) -> Rank:
+    """The rank on a method's ladder with the count nearest to some, the smaller of two."""
+    ladder = method.ladder(layer)
 
+    def size(step: int) -> int:
+        return count(method.stages(layer, ladder[step]))
 
-def _outer_product(stage: LayerSpec, weight: Tensor, signal: Tensor) -> Tensor:
-    """The response where kernel and signal have no axis in common: channels contract, axes join.
-
-    torch's convolutions in float64 are ten times slower than this product.
-    """
-    axes = len(stage.kernel_size)
-    inputs = signal.unflatten(1, (stage.groups, -1)).flatten(3)
-    kernels = split_groups(weight, stage).flatten(3)
-    joined = torch.einsum("ngcs,gtck->ngtsk", inputs, kernels).flatten(1, 2)
-    apart = joined.unflatten(-1, stage.kernel_size).unflatten(2, signal.shape[2:])
-    pairs = [2 + axis + side for axis in range(axes) for side in (0, axes)]
-    sizes = [a * b for a, b in zip(stage.kernel_size, signal.shape[2:], strict=True)]
-    response: Tensor = apart.permute(0, 1, *pairs).reshape(*apart.shape[:2], *sizes)
-    return response
+    low, high = 0, len(ladder) - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if size(middle) <= wanted else (low, middle)
+    return ladder[min((low, high), key=lambda step: abs(size(step) - wanted))]
 
 
 def _largest_fitting(method: Decomposition, group: LayerSpec, parameters: int) -> Rank:

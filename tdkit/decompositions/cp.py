@@ -17,6 +17,7 @@ from torch import Tensor
 from tdkit.decompositions.base import Decomposition, Prepared, Rank
 from tdkit.decompositions.spectra import leading_basis
 from tdkit.errors import UsageError
+from tdkit.layers.evidence import NO_EVIDENCE, Evidence
 from tdkit.layers.spec import LayerSpec
 
 STARTS = ("orthogonal", "uniform")
@@ -92,9 +93,11 @@ class Cp(Decomposition):
             layer.pointwise(rank, layer.out_channels),
         )
 
-    def prepare(self, layer: LayerSpec, weight: Tensor, seed: int = 0) -> PreparedCp:
+    def prepare(
+        self, layer: LayerSpec, weight: Tensor, evidence: Evidence | int = NO_EVIDENCE
+    ) -> PreparedCp:
         """What the starts of all ranks share, if they share anything."""
-        return PreparedCp(self, layer, weight, seed)
+        return PreparedCp(self, layer, weight, evidence)
 
 
 class PreparedCp(Prepared):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tdkit.decompositions.base import Decomposition, Prepared, Rank
 from tdkit.decompositions.spectra import leading_basis, tail_norms
+from tdkit.layers.evidence import NO_EVIDENCE, Evidence
 from tdkit.layers.spec import LayerSpec
 
 
@@ -35,18 +36,26 @@ class Svd(Decomposition):
             layer.pointwise(rank, layer.out_channels),
         )
 
-    def prepare(self, layer: LayerSpec, weight: Tensor, seed: int = 0) -> PreparedSvd:
+    def prepare(
+        self, layer: LayerSpec, weight: Tensor, evidence: Evidence | int = NO_EVIDENCE
+    ) -> PreparedSvd:
         """One eigendecomposition of the smaller Gram matrix, which serves all ranks."""
-        return PreparedSvd(self, layer, weight, seed)
+        return PreparedSvd(self, layer, weight, evidence)
 
 
 class PreparedSvd(Prepared):
     """The bases of the unfolding; the error at rank r is the norm of what lies beyond."""
 
+    method: Svd
+
     def __init__(
-        self, method: Decomposition, layer: LayerSpec, weight: Tensor, seed: int = 0
+        self,
+        method: Decomposition,
+        layer: LayerSpec,
+        weight: Tensor,
+        evidence: Evidence | int = NO_EVIDENCE,
     ) -> None:
-        super().__init__(method, layer, weight, seed)
+        super().__init__(method, layer, weight, evidence)
         unfolded = self.weight.flatten(2)
         self._tall = unfolded.shape[1] > unfolded.shape[2]
         side = unfolded.mT if self._tall else unfolded

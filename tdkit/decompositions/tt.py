@@ -19,6 +19,7 @@ from torch import Tensor
 from tdkit.decompositions.base import Decomposition, Prepared, Rank
 from tdkit.decompositions.hosvd import hosvd
 from tdkit.decompositions.spectra import energies, fitted, leading_basis, tail_norms
+from tdkit.layers.evidence import NO_EVIDENCE, Evidence
 from tdkit.layers.spec import LayerSpec
 
 
@@ -70,9 +71,11 @@ class TensorTrain(Decomposition):
             layer.pointwise(rank[-1], layer.out_channels),
         )
 
-    def prepare(self, layer: LayerSpec, weight: Tensor, seed: int = 0) -> PreparedTensorTrain:
+    def prepare(
+        self, layer: LayerSpec, weight: Tensor, evidence: Evidence | int = NO_EVIDENCE
+    ) -> PreparedTensorTrain:
         """The first SVD of the train, which all ranks share."""
-        return PreparedTensorTrain(self, layer, weight, seed)
+        return PreparedTensorTrain(self, layer, weight, evidence)
 
 
 @dataclass(frozen=True)
@@ -106,10 +109,16 @@ class PreparedTensorTrain(Prepared):
     tails of the unfoldings (Cor. 2.4), since no cut enlarges the tail of another.
     """
 
+    method: TensorTrain
+
     def __init__(
-        self, method: Decomposition, layer: LayerSpec, weight: Tensor, seed: int = 0
+        self,
+        method: Decomposition,
+        layer: LayerSpec,
+        weight: Tensor,
+        evidence: Evidence | int = NO_EVIDENCE,
     ) -> None:
-        super().__init__(method, layer, weight, seed)
+        super().__init__(method, layer, weight, evidence)
         self._shape = _shape(self.group)
         self._hosvd = hosvd(self.weight)
         self._spectra: dict[tuple[int, int], Tensor] = {}

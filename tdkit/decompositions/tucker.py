@@ -17,6 +17,7 @@ from torch import Tensor
 from tdkit.decompositions.base import Decomposition, Prepared, Rank
 from tdkit.decompositions.hosvd import hosvd, project
 from tdkit.decompositions.spectra import fitted, leading_basis
+from tdkit.layers.evidence import NO_EVIDENCE, Evidence
 from tdkit.layers.spec import LayerSpec
 
 # HOOI for the one rank that is taken: its error has settled long before.
@@ -70,9 +71,11 @@ class Tucker(Decomposition):
             layer.pointwise(r_out, layer.out_channels),
         )
 
-    def prepare(self, layer: LayerSpec, weight: Tensor, seed: int = 0) -> PreparedTucker:
+    def prepare(
+        self, layer: LayerSpec, weight: Tensor, evidence: Evidence | int = NO_EVIDENCE
+    ) -> PreparedTucker:
         """One HOSVD, which serves all ranks."""
-        return PreparedTucker(self, layer, weight, seed)
+        return PreparedTucker(self, layer, weight, evidence)
 
 
 class PreparedTucker(Prepared):
@@ -81,9 +84,13 @@ class PreparedTucker(Prepared):
     method: Tucker
 
     def __init__(
-        self, method: Decomposition, layer: LayerSpec, weight: Tensor, seed: int = 0
+        self,
+        method: Decomposition,
+        layer: LayerSpec,
+        weight: Tensor,
+        evidence: Evidence | int = NO_EVIDENCE,
     ) -> None:
-        super().__init__(method, layer, weight, seed)
+        super().__init__(method, layer, weight, evidence)
         self._hosvd = hosvd(self.weight)
 
     def best_rank(self, parameters: int) -> tuple[int, int]:

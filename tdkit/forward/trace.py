@@ -56,10 +56,8 @@ def trace(model: nn.Module, modules: Sequence[nn.Module], inputs: Inputs) -> Cal
 
 
 def _call(module: nn.Module, value: Tensor) -> Call:
-    axes = len(getattr(module, "kernel_size", ()))
-    if axes == 0:
-        return Call(1, (value[..., 0].numel(),))
-    return Call(value.shape[0] if value.ndim > axes + 1 else 1, tuple(value.shape[-axes:]))
+    axes, shape = len(getattr(module, "kernel_size", ())), tuple(value.shape)
+    return Call((1, *shape) if axes and len(shape) == axes + 1 else shape)
 
 
 @dataclass(frozen=True)
@@ -67,10 +65,8 @@ class Call:
     """One call of a layer while the model ran on a single sample.
 
     Attributes:
-        repeats: The leading size of the layer's input: 1, or more where the model folds other
-            axes into the batch.
-        size: The spatial size of the input (Linear: the number of positions it is applied to).
+        shape: The full shape of the layer's input. Its first axis is 1, or more where the model
+            folds other axes into the batch; a convolution's input without a batch axis gets one.
     """
 
-    repeats: int
-    size: tuple[int, ...]
+    shape: tuple[int, ...]

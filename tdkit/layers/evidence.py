@@ -12,12 +12,14 @@ MOMENTS = "moments"
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """What unlabelled inputs say about one layer.
+    """What a layer's inputs are like, over all samples and positions.
 
     Attributes:
-        count: How many positions were added up, over all samples and calls.
-        mean: (channels,), float64: the mean of the layer's input channels.
-        second: (channels, channels), float64: their uncentred second moments, ``E[x xᵀ]``.
+        count: How many input vectors were seen: samples times positions.
+        mean: (d,), float64, one entry per input channel (Linear: input feature) of the whole
+            layer, in the unit of the inputs.
+        second: (d, d), float64, the uncentred second moments: the mean of x xᵀ, in that unit
+            squared.
     """
 
     count: int
@@ -27,12 +29,20 @@ class Moments:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known about a layer beside its weight.
+    """What a layer is known by beside its weight.
 
     Attributes:
         seed: Seeds the randomness of methods that have any.
-        moments: Of the layer's inputs; None where nobody asked for them.
+        moments: Of the layer's inputs; None where none were collected, or nobody asked for them.
     """
 
     seed: int = 0
     moments: Moments | None = None
+
+
+NO_EVIDENCE = Evidence()
+
+
+def as_evidence(value: Evidence | int) -> Evidence:
+    """Evidence as it is; a number, which it was before there was more, is the seed."""
+    return value if isinstance(value, Evidence) else Evidence(seed=value)

@@ -83,14 +83,15 @@ def find_layers(
     if calls is None and inputs is not None:
         calls = trace(model, list(names), inputs)
     users = parameter_users(model)
+    called = {m: tuple(calls.get(m, ())) if calls is not None else None for m in names}
     layers = [
         Layer(
             name=paths[0],
             aliases=tuple(paths[1:]),
             kind=type(module).__name__,
-            spec=spec_of(module) if isinstance(module, tuple(KINDS.values())) else None,
+            spec=_spec(module, called[module] or ()),
             parameters=_own_parameters(module),
-            calls=tuple(calls.get(module, ())) if calls is not None else None,
+            calls=called[module],
             reason=reason(model, module, paths, users, weights),
             bytes_per_parameter=_itemsize(module),
         )
@@ -142,6 +143,15 @@ def _is_weight_layer(module: nn.Module) -> bool:
 def _itemsize(module: nn.Module) -> int:
     weight = module._parameters.get("weight")
     return 4 if weight is None else weight.element_size()
+
+
+def _spec(module: nn.Module, calls: Sequence[Call]) -> LayerSpec | None:
+    """What a layer is, with the leading axes of a Linear's input where all calls agree on them."""
+    if not isinstance(module, tuple(KINDS.values())):
+        return None
+    spec, leading = spec_of(module), {len(call.shape) - 1 for call in calls}
+    alike = spec.kind == "Linear" and len(leading) == 1
+    return replace(spec, leading=leading.pop()) if alike else spec
 
 
 def _own_parameters(module: nn.Module) -> int:

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
+from tdkit.layers.chains import stage_of
 from tdkit.layers.spec import KINDS, LayerSpec, spec_of
+from tdkit.layers.stages import Flatten
 from tdkit.layers.weights import Weights
 
 _OWNERS_THAT_READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -101,12 +103,16 @@ def _reason_of_owner(model: nn.Module, paths: Sequence[str]) -> str | None:
 def is_factorization(module: nn.Sequential) -> bool:
     """Whether a Sequential is nothing but linear maps in a row, as a factorized layer is.
 
-    One that starts with a depthwise convolution is not: no method puts it there, but models of
-    depthwise-separable convolutions do.
+    One whose first weight is a depthwise convolution's is not: no method puts it there, but models
+    of depthwise-separable convolutions do. Nor is one that starts by flattening, as heads do, or
+    that mixes features here and channels there, as decoders do.
     """
-    if len(module) < 2 or any(type(stage) not in KINDS.values() for stage in module):
+    stages = [stage_of(each) for each in module]
+    layers = [stage for stage in stages if isinstance(stage, LayerSpec)]
+    if None in stages or len(layers) < 2 or isinstance(stages[0], Flatten):
         return False
-    return _reason_of_geometry(spec_of(module[0])) is None
+    mixing = {layer.kind == "Linear" for layer in layers if layer.groups == 1}
+    return len(mixing) == 1 and _reason_of_geometry(layers[0]) is None
 
 
 def _reason_of_weight(weight: Tensor | None, shared: bool) -> str | None:

@@ -1,6 +1,6 @@
 """A convolutional or linear layer as a plain record, and the torch module it describes.
 
-The same record describes a layer of the model and each stage of its factorization, so counting,
+The same record describes a layer of the model and a stage of its factorization, so counting,
 building and comparing are written once. No weights here: records are safe to keep, compare and
 store as JSON.
 """
@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
-from tdkit.errors import UsageError
+from tdkit.layers.impulses import impulse_response
+from tdkit.layers.stages import Shape, Stage, is_int
 
 CONVOLUTIONS: Mapping[str, type[nn.Module]] = {
     "Conv1d": nn.Conv1d,
@@ -29,11 +31,14 @@ TRANSPOSED: Mapping[str, type[nn.Module]] = {
 }
 KINDS: Mapping[str, type[nn.Module]] = {**CONVOLUTIONS, **TRANSPOSED, "Linear": nn.Linear}
 
+_CLASSES = frozenset(KINDS.values())
+_PADDING_MODES = frozenset({"zeros", "reflect", "replicate", "circular"})
+
 _TUPLES = ("kernel_size", "stride", "padding", "dilation", "output_padding")
 
 
 @dataclass(frozen=True)
-class LayerSpec:
+class LayerSpec(Stage):
     """The hyperparameters of one Conv, ConvTranspose or Linear layer.
 
     Args:
@@ -48,6 +53,9 @@ class LayerSpec:
         groups: Number of groups.
         padding_mode: ``zeros``, ``reflect``, ``replicate`` or ``circular``.
         bias: Whether the layer has a bias.
+        leading: How many axes come before the features of a Linear's input, the batch axis
+            included: 1 for (batch, features), 2 for (batch, tokens, features). What names all axes
+            of the input, as a permutation does, needs it; the Linear itself takes any.
     """
 
     kind: str
@@ -61,6 +69,9 @@ class LayerSpec:
     groups: int = 1
     padding_mode: str = "zeros"
     bias: bool = False
+    leading: int = 1
+
+    kinds = tuple(KINDS)
 
     @property
     def transposed(self) -> bool:
@@ -78,6 +89,14 @@ class LayerSpec:
     def weight_parameters(self) -> int:
         """The number of elements of the weight, without the bias."""
         return math.prod(self.weight_shape)
+
+    @property
+    def state_shapes(self) -> dict[str, Shape]:
+        """The shapes of the weight and, where there is one, of the bias."""
+        return {
+            "weight": self.weight_shape,
+            **({"bias": (self.out_channels,)} if self.bias else {}),
+        }
 
     @property
     def parameters(self) -> int:
@@ -105,9 +124,61 @@ class LayerSpec:
             groups=self.groups * groups,
         )
 
+    def ungrouped(self, groups: int) -> LayerSpec:
+        """One of ``groups`` equal layers that this one is side by side."""
+        return replace(
+            self,
+            in_channels=self.in_channels // groups,
+            out_channels=self.out_channels // groups,
+            groups=self.groups // groups,
+        )
+
+    def carries_bias(self, channels: int) -> bool:
+        """Whether these are its output channels."""
+        return self.out_channels == channels
+
     def with_bias(self, bias: bool) -> LayerSpec:
         """The same layer with or without a bias."""
         return replace(self, bias=bias)
+
+    def output_shape(self, shape: Shape) -> Shape:
+        """The full shape of the output, from that of the input."""
+        if self.kind == "Linear":
+            return (*shape[:-1], self.out_channels)
+        batch, size = self._split(shape)
+        if self.padding == "same":
+            return (*batch, self.out_channels, *size)
+        padding = (0,) * len(size) if isinstance(self.padding, str) else self.padding
+        axes = zip(size, self.kernel_size, self.stride, padding, self.dilation, strict=True)
+        if self.transposed:
+            after = tuple(
+                (n - 1) * s - 2 * p + d * (k - 1) + extra + 1
+                for (n, k, s, p, d), extra in zip(axes, self.output_padding, strict=True)
+            )
+        else:
+            after = tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes)
+        return (*batch, self.out_channels, *after)
+
+    def macs(self, shape: Shape) -> int:
+        """Every weight meets every output position; in a transposed convolution, every input's."""
+        if self.kind == "Linear":
+            return self.weight_parameters * math.prod(shape[:-1])
+        batch, size = self._split(shape if self.transposed else self.output_shape(shape))
+        return self.weight_parameters * math.prod(batch) * math.prod(size)
+
+    def compose(self, weight: Tensor | None, signal: Tensor) -> Tensor:
+        """Impulses through the weight, without stride, padding and dilation."""
+        assert weight is not None
+        if self.kind == "Linear":
+            return functional.linear(signal, weight)
+        if signal.ndim == len(self.kernel_size) + 1:
+            return impulse_response(self, weight, signal[None])[0]
+        return impulse_response(self, weight, signal)
+
+    def _split(self, shape: Shape) -> tuple[Shape, Shape]:
+        """The batch axis of a convolution's input, which may be missing, and the spatial ones."""
+        channels = len(shape) - len(self.kernel_size) - 1
+        return shape[:channels], shape[channels + 1 :]
 
     def pointwise(self, in_channels: int, out_channels: int) -> LayerSpec:
         """A 1x1 convolution (Linear: a Linear) that mixes channels beside this layer."""
@@ -120,6 +191,7 @@ class LayerSpec:
             stride=(1,) * axes,
             padding=(0,) * axes,
             dilation=(1,) * axes,
+            leading=self.leading,
         )
 
     def spatial(
@@ -178,27 +250,43 @@ class LayerSpec:
         )
         return module
 
-    def to_json(self) -> dict[str, Any]:
-        """A dictionary of JSON values, read back by :meth:`from_json`."""
-        return asdict(self)
-
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> LayerSpec:
-        """Read a record that :meth:`to_json` wrote.
+    def of(cls, module: nn.Module) -> LayerSpec | None:
+        """From one of torch's layers; what derives from them is something else."""
+        return spec_of(module) if type(module) in _CLASSES else None
 
-        Raises:
-            UsageError: If the value does not describe a layer.
-        """
-        try:
-            fields: dict[str, Any] = {
-                k: tuple(v) if isinstance(v, list) else v for k, v in value.items()
-            }
-            spec = cls(**fields)
-        except (AttributeError, TypeError) as error:
-            raise UsageError(f"not a layer description: {value!r}") from error
-        if spec.kind not in KINDS:
-            raise UsageError(f"unknown kind of layer {spec.kind!r}")
-        return spec
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary of JSON values; ``leading`` only where it says something."""
+        value = super().to_json()
+        return value if self.leading != 1 else {k: v for k, v in value.items() if k != "leading"}
+
+    def check(self) -> str | None:
+        """Channels, groups and one entry of everything per axis, as torch demands them."""
+        axes = 0 if self.kind == "Linear" else int(self.kind[-2])
+        channels = is_int(self.in_channels, 0) and is_int(self.out_channels, 0)
+        if not (channels and is_int(self.groups, 1)):
+            return "its channels and groups are not positive numbers"
+        if self.in_channels % self.groups or self.out_channels % self.groups:
+            return "its channels are not divisible by its groups"
+        tuples: dict[str, tuple[object, int]] = {
+            "kernel_size": (self.kernel_size, 1),
+            "stride": (self.stride, 1),
+            "dilation": (self.dilation, 1),
+            "padding": (self.padding, 0),
+            "output_padding": (self.output_padding, 0),
+        }
+        if self.padding in ("same", "valid"):
+            del tuples["padding"]
+        for name, (values, least) in tuples.items():
+            if name == "output_padding" and not self.transposed and values == ():
+                continue
+            if not (isinstance(values, tuple) and len(values) == axes) or not all(
+                is_int(value, least) for value in values
+            ):
+                return f"its {name} is not {axes} numbers"
+        if self.padding_mode not in _PADDING_MODES or not isinstance(self.bias, bool):
+            return "its padding mode or bias is unknown"
+        return None if is_int(self.leading, 0) else "its leading axes are not a number"
 
 
 def spec_of(module: nn.Module) -> LayerSpec:

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from tdkit.compression.verification import dense_weight
 from tdkit.datasets.base import Dataset, stratified_split
+from tdkit.decompositions.base import layer_stages
 from tdkit.errors import UsageError
 from tdkit.layers.inventory import Layer, replace_layer
 from tdkit.training.loop import train, trainable_splits
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from tdkit.layers.stages import Stage
     from tdkit.study.recipe import FinetuneRecipe
     from tdkit.study.records import Trial
     from tdkit.study.workspace import Workspace
@@ -54,7 +56,9 @@ def fine_tuned(
         raise UsageError("the recipe asks for no fine-tuning", "add a table [finetune]")
     model = copy.deepcopy(workspace.model)
     replace_layer(model, layer, copy.deepcopy(stand_in))
-    before = weight_norms(model, workspace.layers)
+    assert layer.spec is not None
+    stages = layer_stages(workspace.methods[trial.method], layer.spec, trial.rank)
+    before = weight_norms(model, workspace.layers, {layer.name: stages})
     train(
         model,
         training_images(workspace.dataset, recipe, workspace.recipe.seed),
@@ -62,7 +66,7 @@ def fine_tuned(
         device=workspace.device,
         generator=torch.Generator().manual_seed(_seed(trial)),
     )
-    after = weight_norms(model, workspace.layers)
+    after = weight_norms(model, workspace.layers, {layer.name: stages})
     return model, {name: _difference(norm, after[name]) for name, norm in before.items()}
 
 
@@ -86,14 +90,21 @@ def training_images(dataset: Dataset, recipe: FinetuneRecipe, seed: int) -> Data
     return replace(dataset, train=split.subset(chosen))
 
 
-def weight_norms(model: nn.Module, layers: Sequence[Layer]) -> dict[str, float]:
+def weight_norms(
+    model: nn.Module, layers: Sequence[Layer], stages: Mapping[str, Sequence[Stage]] | None = None
+) -> dict[str, float]:
     """The Frobenius norm of each layer's weight, a factorized one expanded to its dense weight.
 
     Args:
         model: The model, some of its layers replaced by their factorizations.
         layers: The layers of the dense model.
+        stages: What factorizations are built from, by the layer's name, where that is more than
+            tdkit's own kinds of stages.
     """
-    weights = {layer.name: _weight(model.get_submodule(layer.name), layer) for layer in layers}
+    weights = {
+        layer.name: _weight(model.get_submodule(layer.name), layer, (stages or {}).get(layer.name))
+        for layer in layers
+    }
     return {
         name: float(torch.linalg.vector_norm(weight.detach().double()))
         for name, weight in weights.items()
@@ -101,9 +112,9 @@ def weight_norms(model: nn.Module, layers: Sequence[Layer]) -> dict[str, float]:
     }
 
 
-def _weight(module: nn.Module, layer: Layer) -> Tensor | None:
+def _weight(module: nn.Module, layer: Layer, stages: Sequence[Stage] | None) -> Tensor | None:
     if isinstance(module, nn.Sequential) and layer.spec is not None:
-        return dense_weight(module, layer.spec)
+        return dense_weight(module, layer.spec, stages)
     weight = getattr(module, "weight", None)
     # A quantized layer has a method of that name.
     return weight if isinstance(weight, Tensor) else None

@@ -307,11 +307,13 @@ def _with_methods(recipe: StudyRecipe, layers: Sequence[Layer], registry: Regist
     specs = [layer.spec for layer in layers if layer.reason is None and layer.spec is not None]
     linear = any(spec.kind == "Linear" for spec in specs)
     names = list(dict.fromkeys([*recipe.methods, *(["svd"] if linear else [])]))
+    from tdkit.decompositions.base import unsupported
+
     methods = _methods(replace(recipe, methods=tuple(names)), registry)
     useful = tuple(
         name
         for name, method in methods.items()
-        if any(method.supports(spec.per_group()) is None for spec in specs)
+        if any(unsupported(method, spec) is None for spec in specs)
     )
     # With no useful method the study refuses the layers or the methods in its own words.
     return replace(recipe, methods=useful or recipe.methods)

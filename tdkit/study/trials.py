@@ -21,6 +21,7 @@ from tdkit.decompositions.base import (
     check_rank,
     count,
     layer_stages,
+    unsupported,
 )
 from tdkit.decompositions.settings import settings_of
 from tdkit.errors import UnsupportedError, UsageError, unknown_name
@@ -252,7 +253,7 @@ def _candidates(workspace: Workspace) -> Iterator[_Candidate]:
         _check_support(name, method, layers)
     for layer in layers:
         for name, method in workspace.methods.items():
-            if method.supports(_spec(layer).per_group()) is not None:
+            if unsupported(method, _spec(layer)) is not None:
                 continue
             rule = _Rule(workspace, layer, name)
             for keep in workspace.recipe.keeps:
@@ -295,9 +296,10 @@ def _ranks_by_hand(
     for given in workspace.recipe.ranks:
         if given.layer not in known:
             raise unknown_name(given.layer, list(known), "layer of the study")
-        method, group = workspace.methods[given.method], _spec(known[given.layer]).per_group()
+        method, spec = workspace.methods[given.method], _spec(known[given.layer])
+        group = spec.per_group()
         what = f"ranks of {given.layer} under {given.method}"
-        if (reason := method.supports(group)) is not None:
+        if (reason := unsupported(method, spec)) is not None:
             raise UsageError(f"{what}: {reason}", "take them out of the recipe")
         one = isinstance(method.max_rank(group), int) and len(given.rank) == 1
         rank = given.rank[0] if one else given.rank
@@ -310,7 +312,7 @@ def _ranks_by_hand(
 
 
 def _check_support(name: str, method: Decomposition, layers: Sequence[Layer]) -> None:
-    reasons = [method.supports(_spec(layer).per_group()) for layer in layers]
+    reasons = [unsupported(method, _spec(layer)) for layer in layers]
     if None not in reasons:
         raise UsageError(
             f"{name} supports none of the layers: {reasons[0]}", "leave it out of methods"

@@ -15,6 +15,7 @@ import threading
 import time
 import zipfile
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ from tdkit.checkpoint import (
 )
 from tdkit.errors import StorageError, UnreadableFileError, UnsupportedError, UsageError
 from tdkit.hookspecs import ModelRecord
+from tdkit.layers.chains import OWN_STAGES
 from tdkit.layers.spec import spec_of
+from tdkit.layers.stages import Flatten, Permute, Stage, Unflatten, is_int
 
 ROOT = Path(__file__).parents[2]
 SUFFIXES = {
@@ -776,3 +779,76 @@ def test_the_file_has_the_permissions_of_a_new_file(format: str, tmp_path: Path)
     save_model(torch.nn.Linear(2, 2), tmp_path / "model", format=format)
     modes = [(tmp_path / name).stat().st_mode for name in ("new", "model")]
     assert modes[0] == modes[1]
+
+
+@dataclass(frozen=True)
+class Scale(Stage):
+    """A stage of somebody else's: one factor per entry of the last axis."""
+
+    size: int
+
+    kinds = ("Scale",)
+    kind = "Scale"
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return (self.size,)
+
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return shape
+
+    def build(self, dtype: torch.dtype | None = None, device: Any = None) -> nn.Module:
+        return nn.RMSNorm(self.size, dtype=dtype, device=device)
+
+    def compose(self, weight: torch.Tensor | None, signal: torch.Tensor) -> torch.Tensor:
+        assert weight is not None
+        return signal * weight
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Scale | None:
+        return cls(module.normalized_shape[0]) if type(module) is nn.RMSNorm else None
+
+    def check(self) -> str | None:
+        return None if is_int(self.size, 1) else "its size is none"
+
+
+@pytest.fixture
+def scaled(models: Models) -> tuple[nn.Module, dict[str, Any]]:
+    model = models["tiny"].create(in_channels=3, num_classes=7)
+    stages = [spec_of(nn.Linear(8, 7, bias=False)), Scale(7), Unflatten(1, (7, 1)), Flatten(1, 2)]
+    model._modules["head"] = nn.Sequential(*(stage.build() for stage in stages))
+    options = {"in_channels": 3, "num_classes": 7}
+    known = {"structure": {"head": stages}, "arch": "tiny", "arch_options": options}
+    return model.eval(), known
+
+
+@pytest.mark.parametrize("format", WEIGHTS)
+def test_stages_of_others_are_read_where_the_caller_lists_them(
+    scaled: tuple[nn.Module, dict[str, Any]], file: Path, models: Models, format: str
+) -> None:
+    model, known = scaled
+    save_model(model, file, format=format, **known)
+    stages = {**OWN_STAGES, "Scale": Scale}
+    loaded = load_model(file, models=models, stages=stages)
+    assert_equal(loaded.model, model)
+    assert loaded.structure == {"head": tuple(known["structure"]["head"])}
+    mine = models["tiny"].create(in_channels=3, num_classes=7)
+    assert_equal(load_into(mine, file, stages=stages).model, model)
+    for read in (
+        lambda: load_model(file, models=models),
+        lambda: load_into(models["tiny"].create(), file),
+    ):
+        with pytest.raises(UnreadableFileError, match="kind Scale, which nothing here provides"):
+            read()
+
+
+@pytest.mark.parametrize(
+    "wrong", [Unflatten(1, (1, 7)), Flatten(1, 2), Permute((0, 1)), spec_of(nn.Linear(7, 7))]
+)
+def test_a_structure_with_another_move_is_refused(
+    scaled: tuple[nn.Module, dict[str, Any]], file: Path, wrong: Stage
+) -> None:
+    model, known = scaled
+    known["structure"]["head"][2] = wrong
+    with pytest.raises(UsageError, match="the model has something else there"):
+        save_model(model, file, format="state-dict", **known)

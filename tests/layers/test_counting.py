@@ -15,9 +15,10 @@ from tdkit.compression.compress import Goal, compress_model, compressed_macs
 from tdkit.compression.scoring import Grid
 from tdkit.costs.base import total_cost
 from tdkit.forward.trace import Call
-from tdkit.layers.counting import macs, model_parameters, output_size
+from tdkit.layers.counting import macs, model_parameters
 from tdkit.layers.inventory import find_layers
 from tdkit.layers.spec import KINDS, LayerSpec, spec_of
+from tdkit.layers.stages import Flatten, Permute, Unflatten
 from tdkit.metrics.weights import RELATIVE
 from tdkit.planners.greedy import greedy
 from tdkit.registry import load_registry, resolve_methods
@@ -40,23 +41,27 @@ def test_one_layer(kind: str) -> None:
         layer = spec.build()
         channels = (repeats, spec.in_channels, *size)
         x = torch.zeros(channels if spec.kernel_size else (repeats, *size, spec.in_channels))
-        call = Call(repeats, size) if spec.kernel_size else Call(1, (repeats * 5,))
-        assert macs([spec], [call]) == counted(layer, x)
-        if spec.kernel_size:
-            assert output_size(spec, size) == layer(x).shape[2:]
+        assert macs([spec], [Call(tuple(x.shape))]) == counted(layer, x)
+        assert spec.output_shape(tuple(x.shape)) == layer(x).shape
 
     check()
 
 
 def test_by_hand() -> None:
     conv = spec_of(nn.Conv2d(3, 8, 3, stride=2, padding=1))
-    assert output_size(conv, (9, 6)) == (5, 3)
-    assert macs([conv], [Call(1, (9, 6))]) == 8 * 3 * 9 * 5 * 3
+    assert conv.output_shape((1, 3, 9, 6)) == (1, 8, 5, 3)
+    assert macs([conv], [Call((1, 3, 9, 6))]) == 8 * 3 * 9 * 5 * 3
     stages = [conv, spec_of(nn.Conv2d(8, 2, 1))]
-    assert macs(stages, [Call(1, (9, 6)), Call(4, (1, 1))]) == 5 * 3 * (216 + 16) + 4 * (216 + 16)
+    calls = [Call((1, 3, 9, 6)), Call((4, 3, 1, 1))]
+    assert macs(stages, calls) == 5 * 3 * (216 + 16) + 4 * (216 + 16)
     up = spec_of(nn.ConvTranspose1d(3, 2, 4, stride=2))
-    assert macs([up, spec_of(nn.Conv1d(2, 5, 1))], [Call(1, (6,))]) == 6 * 24 + 14 * 10
+    assert macs([up, spec_of(nn.Conv1d(2, 5, 1))], [Call((1, 3, 6))]) == 6 * 24 + 14 * 10
     assert macs([conv], []) == 0
+
+
+def test_the_shape_goes_through_stages_that_move_entries() -> None:
+    stages = [Unflatten(-1, (2, 3)), spec_of(nn.Linear(3, 5)), Permute((0, 2, 1)), Flatten(-2, -1)]
+    assert macs([*stages, spec_of(nn.Linear(10, 7))], [Call((4, 6))]) == 4 * 2 * 15 + 4 * 70
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

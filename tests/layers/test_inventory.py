@@ -20,7 +20,9 @@ from tdkit.errors import UnsupportedError, UsageError
 from tdkit.forward.copying import unwrap
 from tdkit.forward.trace import Call, trace
 from tdkit.forward.trial import mode, trial
+from tdkit.layers.counting import macs
 from tdkit.layers.inventory import Layer, find_layers, replace_layer
+from tdkit.layers.spec import spec_of
 
 
 def middle(layer: nn.Module, features: int = 6) -> nn.Sequential:
@@ -229,7 +231,7 @@ def test_46_one_module_under_three_names_is_one_layer() -> None:
     model.append(nn.Linear(6, 2))
     layer = table(model, inputs=[torch.randn(1, 4)])["1"]
     assert (layer.aliases, layer.reason) == (("3", "5"), None)
-    assert layer.calls == (Call(1, (1,)),) * 3
+    assert layer.calls == (Call((1, 6)),) * 3
     assert layer.macs == 3 * 36
     assert table(model, patterns=["5"])["1"].reason is None
     replace_layer(model, layer, stand_in := nn.Identity())
@@ -380,7 +382,7 @@ class TestTrace:
         state, inputs = copy.deepcopy(model.state_dict()), torch.ones(1, 4)
         seeds = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1])
         calls = trace(model, [model.layers[0]], [inputs])
-        assert calls == {model.layers[0]: [Call(1, (1,))]}
+        assert calls == {model.layers[0]: [Call((1, 4))]}
         assert torch.equal(inputs, torch.ones(1, 4))
         assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
         assert torch.equal(torch.get_rng_state(), seeds[0])
@@ -405,7 +407,7 @@ class TestTrace:
         assert not model.stem._forward_pre_hooks
         assert model.training
 
-    def test_calls_count_positions_and_folded_batches(self) -> None:
+    def test_calls_have_the_full_shape_of_the_input(self) -> None:
         class Windows(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
@@ -421,8 +423,10 @@ class TestTrace:
 
         model = Windows()
         calls = trace(model, [model.linear, model.conv], [torch.ones(1, 3, 4, 6)])
-        assert calls[model.conv] == [Call(2, (4, 3)), Call(1, (4, 3))]
-        assert calls[model.linear] == [Call(1, (2 * 4 * 3,))]
+        assert calls[model.conv] == [Call((2, 3, 4, 3)), Call((1, 3, 4, 3))]
+        assert calls[model.linear] == [Call((2, 4, 3, 3))]
+        assert macs([spec_of(model.linear)], calls[model.linear]) == 2 * 4 * 3 * 9
+        assert macs([spec_of(model.conv)], calls[model.conv]) == 3 * 4 * 3 * 9
         assert list(calls) == [model.conv, model.linear]
 
 

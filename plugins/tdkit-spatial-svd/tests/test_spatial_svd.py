@@ -2,7 +2,7 @@ import torch
 from tdkit_spatial_svd import _create
 from torch import nn
 
-from tdkit.layers.spec import spec_of
+from tdkit.layers.spec import LayerSpec, spec_of
 from tdkit.registry import load_registry
 from tdkit.testing import DecompositionLaws
 
@@ -37,6 +37,8 @@ def test_error_is_the_tail_of_the_unfoldings_singular_values() -> None:
 def test_stages_are_the_two_separable_convolutions() -> None:
     layer = nn.Conv2d(6, 8, 3, stride=(2, 1), padding=1)
     first, second = _create().prepare(spec_of(layer), layer.weight).stages(4)
+    assert isinstance(first, LayerSpec)
+    assert isinstance(second, LayerSpec)
     assert (first.kernel_size, first.stride, first.padding) == ((3, 1), (2, 1), (1, 0))
     assert (second.kernel_size, second.stride, second.padding) == ((1, 3), (1, 1), (0, 1))
     assert second.bias

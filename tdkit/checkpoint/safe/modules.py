@@ -15,7 +15,7 @@ from torch import nn
 
 from tdkit.checkpoint.text import shown
 from tdkit.errors import TdkitError, UnreadableFileError, UnsafeFileError, UnsupportedError
-from tdkit.layers.spec import KINDS, LayerSpec, spec_of
+from tdkit.layers.spec import KINDS, spec_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,7 +25,6 @@ _MOST_MODULES = 100_000
 _TABLES = ("_parameters", "_buffers", "_modules")
 _BLANK: Mapping[str, Any] = vars(nn.Module())
 _LAYERS = frozenset(KINDS.values())
-_PADDING_MODES = frozenset({"zeros", "reflect", "replicate", "circular"})
 
 
 def check_module(model: nn.Module, source: object, *, trusted: bool = False) -> None:
@@ -84,40 +83,6 @@ def _check_hidden(model: nn.Module, source: object, seen: set[int]) -> None:
             pending += (value.func, *value.args, *value.keywords.values())
         elif not callable(value) or isinstance(value, nn.Module):
             pending += getattr(value, "__dict__", {}).values()
-
-
-def check_spec(spec: LayerSpec) -> str | None:
-    """Why a layer description from a file is not one that torch could have, or None.
-
-    Args:
-        spec: The description.
-    """
-    axes = 0 if spec.kind == "Linear" else int(spec.kind[-2])
-    if not (
-        _is_int(spec.in_channels, 0) and _is_int(spec.out_channels, 0) and _is_int(spec.groups, 1)
-    ):
-        return "its channels and groups are not positive numbers"
-    if spec.in_channels % spec.groups or spec.out_channels % spec.groups:
-        return "its channels are not divisible by its groups"
-    tuples: dict[str, tuple[object, int]] = {
-        "kernel_size": (spec.kernel_size, 1),
-        "stride": (spec.stride, 1),
-        "dilation": (spec.dilation, 1),
-        "padding": (spec.padding, 0),
-        "output_padding": (spec.output_padding, 0),
-    }
-    if spec.padding in ("same", "valid"):
-        del tuples["padding"]
-    for name, (values, least) in tuples.items():
-        if name == "output_padding" and not spec.transposed and values == ():
-            continue
-        if not (isinstance(values, tuple) and len(values) == axes) or not all(
-            _is_int(value, least) for value in values
-        ):
-            return f"its {name} is not {axes} numbers"
-    if spec.padding_mode not in _PADDING_MODES or not isinstance(spec.bias, bool):
-        return "its padding mode or bias is unknown"
-    return None
 
 
 def _check_one(name: str, module: nn.Module, source: object, trusted: bool) -> None:
@@ -183,7 +148,7 @@ def _check_tensor(where: str, tensor: Any) -> None:
 def _check_layer(where: str, module: nn.Module) -> None:
     try:
         spec = spec_of(module)
-        reason = check_spec(spec)
+        reason = spec.check()
         weight, bias = (module._parameters[name] for name in ("weight", "bias"))
     except (TdkitError, AttributeError, TypeError, KeyError, ValueError) as error:
         _forged(where, "it lacks what such a layer has", error)
@@ -196,10 +161,6 @@ def _check_layer(where: str, module: nn.Module) -> None:
         )
     if bias is not None and tuple(bias.shape) != (spec.out_channels,):
         _forged(where, f"its bias has the shape {tuple(bias.shape)}, not ({spec.out_channels},)")
-
-
-def _is_int(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**31
 
 
 def _forged(where: str, reason: str, cause: Exception | None = None) -> NoReturn:

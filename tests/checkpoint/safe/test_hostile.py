@@ -1291,6 +1291,48 @@ DESCRIPTIONS = [
         UnreadableFileError,
         "unknown way",
     ),
+    (
+        "kind-that-nothing-provides",
+        FRAME % ("{}", '{"conv1": [{"kind": "os.system"}]}', "null"),
+        UnreadableFileError,
+        "by stages of the kind os.system, which nothing here provides",
+    ),
+    (
+        "negative-sizes",
+        FRAME % ("{}", '{"conv1": [{"kind": "Unflatten", "dim": 1, "sizes": [-1]}]}', "null"),
+        UnreadableFileError,
+        "describes conv1 wrongly: its sizes",
+    ),
+    (
+        "huge-sizes",
+        FRAME % ("{}", '{"conv1": [{"kind": "Unflatten", "dim": 1, "sizes": [%s]}]}' % 2**40, "{}"),
+        UnreadableFileError,
+        "describes conv1 wrongly: its sizes",
+    ),
+    (
+        "no-permutation",
+        FRAME % ("{}", '{"conv1": [{"kind": "Permute", "dims": [0, 9]}]}', "null"),
+        UnreadableFileError,
+        "describes conv1 wrongly: its dims",
+    ),
+    (
+        "no-axis",
+        FRAME % ("{}", '{"conv1": [{"kind": "Flatten", "start": 0, "end": 99}]}', "null"),
+        UnreadableFileError,
+        "describes conv1 wrongly: its axes",
+    ),
+    (
+        "no-groups",
+        FRAME % ("{}", '{"conv1": [{"kind": "ChannelShuffle", "groups": 0}]}', "null"),
+        UnreadableFileError,
+        "describes conv1 wrongly: its groups",
+    ),
+    (
+        "weights-for-a-move",
+        FRAME % ("{}", '{"conv1": [{"kind": "ChannelShuffle", "groups": 2}]}', "null"),
+        UnreadableFileError,
+        "does not fit tiny",
+    ),
     ("no-stages", FRAME % ("{}", '{"conv1": []}', "null"), UnreadableFileError, "puts 0 layers"),
     (
         "huge-layer",
