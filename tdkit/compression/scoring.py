@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -174,7 +175,7 @@ def _candidates(
             return
         for rank in _ranks(layer, ready, grid, grid.limits.get(method, 1.0)):
             stand_in = factorize(layer, weights, ready, rank) if grid.features else None
-            found = candidate_of(layer, method, ready, rank, grid.metrics, grid.costs)
+            found = candidate_of(layer, method, ready, rank, grid.metrics, grid.costs, moments)
             yield found, stand_in
 
 
@@ -250,14 +251,17 @@ def prepare(
         weights: Where its weight is.
         method_name: The method's name.
         method: The method.
-        evidence: The seed of the whole run, and what is known of the layer's inputs.
+        evidence: The seed of the whole run, and what is known of the layer's inputs; the method
+            sees of it what it asks for.
     """
     if layer.spec is None or unsupported(method, layer.spec) is not None:
         return None
     start = zlib.crc32(f"{evidence.seed}/{layer.name}/{method_name}".encode())
     # A copy, so that a method that works in place spoils nothing but its own.
     weight = weights.weight(layer.name).detach().clone()
-    return prepared(method, layer.spec, weight, replace(evidence, seed=start))
+    # Not more than it asks for, so that it makes the same factors when a plan is applied.
+    moments = evidence.moments if MOMENTS in method.needs else None
+    return prepared(method, layer.spec, weight, Evidence(start, moments))
 
 
 def unsupported_by_all(layer: Layer, methods: Mapping[str, Decomposition]) -> str | None:
@@ -298,8 +302,21 @@ def candidate_of(
     rank: Rank,
     metrics: Sequence[Metric],
     costs: Sequence[Cost] = (PARAMS, MACS),
+    moments: Moments | None = None,
 ) -> Candidate:
     """What a layer costs at a rank, and its errors by those of the metrics that need no features.
+
+    An error that is no finite number because the method's is none is left to whoever chooses, who
+    passes it over.
+
+    Args:
+        layer: The layer.
+        method: The method's name.
+        prepared: The layer, prepared under it.
+        rank: The method's rank.
+        metrics: The errors to compute, of those that look at weights.
+        costs: What to count.
+        moments: Of the layer's inputs, (channels,) and (channels, channels), for metrics.
 
     Raises:
         UsageError: If the rank does not fit the layer, or a metric breaks its law.
@@ -307,23 +324,34 @@ def candidate_of(
     assert layer.spec is not None
     stages = prepared.stages(rank)
     bias = layer.spec.out_channels if layer.spec.bias else 0
-    difference = weight_difference(prepared, rank)
+    difference = weight_difference(prepared, rank, moments)
     return Candidate(
         layer=layer.name,
         method=method,
         rank=rank,
         keep=(count(stages) - bias) / layer.spec.weight_parameters,
         costs={cost.name: change(cost, stages, layer) for cost in costs},
-        errors={m.name: m.check(m.of(difference)) for m in metrics if m.target == "weights"},
+        errors={m.name: _error(m, difference) for m in metrics if m.target == "weights"},
     )
 
 
-def weight_difference(prepared: Prepared, rank: Rank) -> Difference:
-    """A layer's weight and what its factors amount to, as a metric sees them."""
+def _error(metric: Metric, difference: Difference) -> float:
+    error = metric.of(difference)
+    return metric.check(error) if math.isfinite(difference.error) else error
+
+
+def weight_difference(prepared: Prepared, rank: Rank, moments: Moments | None = None) -> Difference:
+    """A layer's weight and what its factors amount to, as a metric sees them.
+
+    Args:
+        prepared: The layer, prepared under a method.
+        rank: The method's rank.
+        moments: Of the layer's inputs, (channels,) and (channels, channels), where known.
+    """
     return Difference(
         error=prepared.error(rank),
         norm=prepared.norm,
         size=prepared.layer.weight_parameters,
-        evidence=prepared.evidence,
+        evidence=Evidence(prepared.seed, moments),
         tensors=lambda: (prepared.dense(), prepared.reconstruct(rank)),
     )

@@ -142,7 +142,8 @@ def _is_weight_layer(module: nn.Module) -> bool:
 
 def _itemsize(module: nn.Module) -> int:
     weight = module._parameters.get("weight")
-    return 4 if weight is None else weight.element_size()
+    # Not its element_size, which a lazy one has none of.
+    return 4 if weight is None else weight.dtype.itemsize
 
 
 def _spec(module: nn.Module, calls: Sequence[Call]) -> LayerSpec | None:

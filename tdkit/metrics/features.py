@@ -138,14 +138,10 @@ class Watched:
     def _mean(
         self, metric: Metric, errors: list[float], norms: list[float], sums: Mapping[str, float]
     ) -> float:
-        if metric.compare is not None:
-            total = sums[metric.name]
-        else:
-            assert metric.value is not None
-            total = sum(map(metric.value, errors, norms, self._sizes))
-        if total < 0:
-            metric.check(total / self.samples)
-        return total / self.samples
+        if metric.value is None:
+            return sums[metric.name] / self.samples
+        values = map(metric.value, errors, norms, self._sizes)
+        return sum(_lawful(metric, value) for value in values) / self.samples
 
     def _compare(self, features: Tensor, replaced: Tensor, sums: dict[str, float]) -> None:
         """Add up what metrics say that look at the features of each sample, (channels, ...)."""
@@ -154,7 +150,12 @@ class Watched:
             both = partial(_both, one, other)
             difference = Difference(gap, norm, one.numel(), tensors=both)
             for metric in self._comparing:
-                sums[metric.name] += metric.of(difference)
+                sums[metric.name] += _lawful(metric, metric.of(difference))
+
+
+def _lawful(metric: Metric, error: float) -> float:
+    """The error of a sample; what is no finite number may be the fault of the stand-in's."""
+    return metric.check(error) if error < 0 else error
 
 
 def _both(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,18 @@
+from collections.abc import Iterable
+
 import pytest
 import torch
 from batchnorm import measure_statistics
-from torch import nn
+from torch import Tensor, nn
 
-from tdkit.calibration.batchnorm import match_statistics
+from tdkit.calibration import batchnorm
 from tdkit.calibration.noise import noise_images
 from tdkit.errors import UnsupportedError, UsageError
+from tdkit.forward.inputs import Inputs
+
+
+def match_statistics(dense: nn.Module, compressed: nn.Module, batches: Iterable[Tensor]) -> int:
+    return batchnorm.match_statistics(dense, compressed, [Inputs((x,)) for x in batches])
 
 
 def network() -> nn.Sequential:

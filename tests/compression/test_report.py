@@ -3,10 +3,11 @@
 import pytest
 
 from tdkit.compression.report import Report, near_chance
+from tdkit.costs.base import Change
 
 
 def report(accuracy: float, images: int) -> Report:
-    return Report((1, 1), None, (1, 1), None, (accuracy, 0.0), images)
+    return Report({"params": Change(1, 1)}, (1, 1), accuracy=(accuracy, 0.0), images=images)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tdkit.compression import scoring
-from tdkit.compression.compress import Goal, compress_model
+from tdkit.compression.compress import Goal, apply_plan, compress_model
+from tdkit.compression.plan import Move, Plan
 from tdkit.compression.scoring import (
     COMPRESSION_KEEPS,
     Grid,
@@ -22,13 +23,17 @@ from tdkit.compression.scoring import (
     unsupported_by_all,
 )
 from tdkit.compression.verification import dense_weight
+from tdkit.costs.base import Change
 from tdkit.decompositions.base import Decomposition, Prepared, Rank
 from tdkit.decompositions.cp import Cp
 from tdkit.decompositions.svd import Svd
 from tdkit.errors import UnsupportedError, UsageError
 from tdkit.layers.counting import macs
+from tdkit.layers.evidence import NO_EVIDENCE
 from tdkit.layers.inventory import find_layers
 from tdkit.layers.spec import LayerSpec, spec_of
+from tdkit.layers.traced import TracedModel
+from tdkit.layers.weights import ModuleWeights
 from tdkit.metrics import features, weights
 from tdkit.metrics.base import Metric
 from tdkit.planners.candidate import Candidate, to_json
@@ -61,13 +66,20 @@ def example(batch: int = 1) -> Tensor:
 
 
 def scored(model: nn.Module, grid: Grid, **options: Any) -> list[Candidate]:
-    return score(model, find_layers(model, inputs=[example()]), grid, **options)
+    return score(TracedModel.of(model, example()), grid, **options)
+
+
+def params(candidate: Candidate) -> Change:
+    found = candidate.costs["params"]
+    assert found is not None
+    return found
 
 
 class TestScore:
     def test_every_candidate_is_what_it_says(self) -> None:
         model = network()
-        layers = {layer.name: layer for layer in find_layers(model, inputs=[example()])}
+        traced = TracedModel.of(model, example())
+        layers = {layer.name: layer for layer in traced.layers}
         found = scored(model, Grid(METHODS, WEIGHTS, (0.15, 0.4, 0.8)))
         assert {(c.layer, c.method) for c in found} == {
             *((name, method) for name in "24" for method in METHODS),
@@ -75,19 +87,27 @@ class TestScore:
         }
         for candidate in found:
             layer, module = layers[candidate.layer], model.get_submodule(candidate.layer)
-            prepared = prepare(layer, module, candidate.method, METHODS[candidate.method], 0)
+            prepared = prepare(
+                layer,
+                traced.weights,
+                candidate.method,
+                METHODS[candidate.method],
+                NO_EVIDENCE,
+            )
             assert prepared is not None
             assert layer.spec is not None
             assert layer.calls is not None
-            stand_in = factorize(layer, module, prepared, candidate.rank)
+            stand_in = factorize(layer, traced.weights, prepared, candidate.rank)
             built = sum(p.numel() for p in stand_in.parameters())
             dense = sum(p.numel() for p in module.parameters())
-            assert (candidate.params_before, candidate.params_after) == (dense, built)
+            assert candidate.costs["params"] == Change(dense, built)
             assert built < dense
             kept = sum(p.numel() for n, p in stand_in.named_parameters() if n.endswith("weight"))
             assert candidate.keep == pytest.approx(kept / module.weight.numel())
-            assert candidate.macs_before == layer.macs
-            assert candidate.macs_after == macs([spec_of(s) for s in stand_in], layer.calls)
+            assert candidate.costs["macs"] == Change(
+                macs([layer.spec], layer.calls), macs([spec_of(s) for s in stand_in], layer.calls)
+            )
+            assert macs([layer.spec], layer.calls) == layer.macs
             weight = module.weight.detach()
             error = float((weight - dense_weight(stand_in, layer.spec)).norm())
             norm = float(weight.norm())
@@ -104,7 +124,7 @@ class TestScore:
         found = scored(network(), Grid({"svd": Svd()}, WEIGHTS, COMPRESSION_KEEPS))
         for name in {c.layer for c in found}:
             rows = sorted(
-                (c.params_after, -c.errors["relative-weights"]) for c in found if c.layer == name
+                (params(c).after, -c.errors["relative-weights"]) for c in found if c.layer == name
             )
             assert len({size for size, _ in rows}) == len(rows) > 1
             assert [error for _, error in rows] == sorted(error for _, error in rows)
@@ -113,13 +133,13 @@ class TestScore:
     def test_58_none_is_larger_than_its_layer(self, rule: str) -> None:
         found = scored(network(), Grid(METHODS, WEIGHTS, (0.5, 0.9, 1.0), rule))
         assert found
-        assert all(c.params_after < c.params_before for c in found)
+        assert all(params(c).after < params(c).before for c in found)
 
     def test_without_inputs_macs_are_unknown(self) -> None:
         model = network()
-        found = score(model, find_layers(model), Grid({"svd": Svd()}, WEIGHTS, (0.5,)))
+        found = score(TracedModel.of(model), Grid({"svd": Svd()}, WEIGHTS, (0.5,)))
         assert found
-        assert all(c.macs_before is c.macs_after is None for c in found)
+        assert all(c.costs["macs"] is None for c in found)
 
     def test_progress_ends_at_the_total(self) -> None:
         steps: list[tuple[int, int]] = []
@@ -149,7 +169,14 @@ class TestScore:
             value = json.loads(json.dumps(to_json(candidate)))
             rank = value.pop("rank")
             assert (tuple(rank) if isinstance(rank, list) else rank) == candidate.rank
-            assert value == {k: v for k, v in vars(candidate).items() if k != "rank"}
+            costs = {
+                f"{name}_{when}": getattr(found, when)
+                for name, found in candidate.costs.items()
+                for when in ("before", "after")
+            }
+            assert set(costs) == {"params_before", "params_after", "macs_before", "macs_after"}
+            plain = {k: v for k, v in vars(candidate).items() if k not in ("rank", "costs")}
+            assert value == {**plain, **costs}
 
 
 class TestFeatures:
@@ -157,7 +184,7 @@ class TestFeatures:
         metrics = [weights.RELATIVE, features.RELATIVE, features.SCALED]
         with pytest.raises(UsageError, match="relative-features, scaled-features need") as caught:
             scored(network(), Grid(METHODS, metrics))
-        assert "--data" in str(caught.value.hint)
+        assert "data=" in str(caught.value.hint)
 
     @torch.no_grad()
     def test_they_are_those_of_the_factorized_layers(self) -> None:
@@ -165,17 +192,18 @@ class TestFeatures:
         metrics = [weights.RELATIVE, features.ABSOLUTE]
         found = scored(model, Grid(METHODS, metrics, (0.2, 0.5)), batches=iter(data))
         layers = {layer.name: layer for layer in find_layers(model)}
+        held = ModuleWeights(model)
         for candidate in found:
             place = int(candidate.layer)
             prepared = prepare(
                 layers[candidate.layer],
-                model[place],
+                held,
                 candidate.method,
                 METHODS[candidate.method],
-                0,
+                NO_EVIDENCE,
             )
             assert prepared is not None
-            stand_in = factorize(layers[candidate.layer], model[place], prepared, candidate.rank)
+            stand_in = factorize(layers[candidate.layer], held, prepared, candidate.rank)
             x = copy.deepcopy(model)[:place](torch.cat(data))
             error = (stand_in(x) - model[place](x)).flatten(1).norm(dim=1).mean()
             assert candidate.errors["absolute-features"] == pytest.approx(float(error), rel=1e-4)
@@ -193,23 +221,23 @@ class TestFeatures:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         model = network()
-        layers, grid = find_layers(model), Grid(METHODS, [features.RELATIVE])
+        traced, grid = TracedModel.of(model, inplace=True), Grid(METHODS, [features.RELATIVE])
         runs: list[int] = []
         model.register_forward_pre_hook(lambda *_: runs.append(1))
-        found = score(model, layers, grid, batches=[example()])
+        found = score(traced, grid, batches=[example()])
         assert len(runs) == 1
-        monkeypatch.setattr(scoring, "_TOGETHER", sum(c.params_after for c in found) // 2)
-        assert score(model, layers, grid, batches=[example()]) == found
+        monkeypatch.setattr(scoring, "_TOGETHER", sum(params(c).after for c in found) // 2)
+        assert score(traced, grid, batches=[example()]) == found
         assert len(runs) in (1 + 2, 1 + 3)
 
     def test_layers_that_the_data_never_reaches_have_no_candidates(self) -> None:
-        model = nn.ModuleDict(
-            {"used": network(), "unused": nn.Linear(8, 8), "last": nn.Linear(2, 2)}
-        )
-        model.forward = lambda x: model["used"](x)
-        layers = find_layers(model)
+        class Partly(nn.ModuleDict):
+            def forward(self, x: Tensor) -> Tensor:
+                return self["used"](x)
+
+        model = Partly({"used": network(), "unused": nn.Linear(8, 8), "last": nn.Linear(2, 2)})
         grid = Grid(METHODS, [features.RELATIVE], (0.3,))
-        names = {c.layer for c in score(model, layers, grid, batches=[example()])}
+        names = {c.layer for c in score(TracedModel.of(model), grid, batches=[example()])}
         assert "used.2" in names
         assert "unused" not in names
 
@@ -219,17 +247,22 @@ class TestFactorize:
     @pytest.mark.parametrize("training", [True, False])
     def test_options_carry_over(self, dtype: torch.dtype, training: bool) -> None:
         model = network().to(dtype).train(training)
+        held = ModuleWeights(model)
         model[2].weight.requires_grad_(False)
         layer = find_layers(model)[1]
-        prepared = prepare(layer, model[2], "svd", Svd(), 0)
+        prepared = prepare(layer, held, "svd", Svd(), NO_EVIDENCE)
         assert prepared is not None
-        stand_in = factorize(layer, model[2], prepared, 2)
+        stand_in = factorize(layer, held, prepared, 2)
         assert {p.dtype for p in stand_in.parameters()} == {dtype}
-        assert all(module.training == training for module in stand_in.modules())
         frozen = {name: p.requires_grad for name, p in stand_in.named_parameters()}
         assert frozen == {"0.weight": False, "1.weight": False, "1.bias": True}
         assert torch.equal(stand_in[1].bias, model[2].bias)
         assert stand_in[1].bias is not model[2].bias
+        # The mode is the surgeon's to carry over.
+        plan = Plan((Move("2", "svd", 2),), calibration="none")
+        result = apply_plan(TracedModel.of(model), plan, {"svd": Svd()})
+        assert isinstance(result.model[2], nn.Sequential)
+        assert all(module.training == training for module in result.model.modules())
 
     def test_factors_that_overflow_are_refused(self) -> None:
         class Lopsided(Svd):
@@ -240,11 +273,11 @@ class TestFactorize:
                 return prepared
 
         model = network().half()
-        layer = find_layers(model)[1]
-        prepared = prepare(layer, model[2], "lopsided", Lopsided(), 0)
+        layer, held = find_layers(model)[1], ModuleWeights(model)
+        prepared = prepare(layer, held, "lopsided", Lopsided(), NO_EVIDENCE)
         assert prepared is not None
         with pytest.raises(UnsupportedError, match="the factors overflow"):
-            factorize(layer, model[2], prepared, 2)
+            factorize(layer, held, prepared, 2)
 
 
 @pytest.mark.parametrize(
@@ -386,5 +419,5 @@ class TestMisbehavingMethods:
                 return prepared
 
         grid = Grid({"a-liar": Liar(), "svd": Svd()}, WEIGHTS, (0.2, 0.5))
-        result = compress_model(network(), grid, Goal(0.7), greedy, inputs=[example()])
+        result = compress_model(TracedModel.of(network(), example()), grid, Goal(0.7), greedy)
         assert {move.method for move in result.plan.moves} == {"svd"}

@@ -14,9 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tdkit.compression.scoring import factorize, prepare
-from tdkit.compression.verification import dense_weight, verify
+from tdkit.compression.verification import dense_weight
+from tdkit.compression.verification import verify as verify_inputs
 from tdkit.errors import UnsupportedError
+from tdkit.forward.inputs import Inputs
+from tdkit.layers.evidence import NO_EVIDENCE
 from tdkit.layers.inventory import Layer, find_layers
+from tdkit.layers.weights import ModuleWeights
 from tdkit.registry import load_registry, resolve_methods
 
 METHODS = resolve_methods(load_registry(), ["svd", "cp", "tucker", "tt"])
@@ -31,13 +35,19 @@ def _seeded() -> Iterator[None]:
 
 def factorized(model: nn.Module, *names: str, rank: int = 2) -> dict[Layer, nn.Sequential]:
     layers = {layer.name: layer for layer in find_layers(model, keep_ends=False)}
-    result = {}
+    weights, result = ModuleWeights(model), {}
     for name in names:
-        module = model.get_submodule(name)
-        prepared = prepare(layers[name], module, "svd", METHODS["svd"], 0)
+        prepared = prepare(layers[name], weights, "svd", METHODS["svd"], NO_EVIDENCE)
         assert prepared is not None
-        result[layers[name]] = factorize(layers[name], module, prepared, rank)
+        stand_in = factorize(layers[name], weights, prepared, rank)
+        result[layers[name]] = stand_in.train(model.get_submodule(name).training)
     return result
+
+
+def verify(
+    model: nn.Module, stand_ins: Mapping[Layer, nn.Sequential], inputs: Any
+) -> dict[str, str]:
+    return verify_inputs(model, stand_ins, Inputs.of(inputs))
 
 
 class Base(nn.Module):
@@ -291,14 +301,15 @@ class TestWrongModels:
             broken(Base(), [torch.zeros(2, 5)])
 
 
-def test_model_and_inputs_stay_as_they_are() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_model_and_inputs_stay_as_they_are(dtype: torch.dtype) -> None:
     class Greedy(Base):
         def forward(self, x: Tensor) -> Any:
             x.add_(1)
             self.norm.running_mean += 1
             return super().forward(x)
 
-    model, inputs = Greedy(), [example()[0].double()]
+    model, inputs = Greedy().to(dtype), [example()[0].to(dtype)]
     model.a.eval()
     state, given = copy.deepcopy(model.state_dict()), inputs[0].clone()
     assert broken(model, inputs) == {}
@@ -320,12 +331,13 @@ def test_model_and_inputs_stay_as_they_are() -> None:
 )
 @pytest.mark.parametrize("method", METHODS)
 def test_the_dense_weight_is_the_reconstruction(module: nn.Module, method: str) -> None:
-    layer = find_layers(nn.Sequential(module), keep_ends=False)[0]
+    weights = ModuleWeights(model := nn.Sequential(module))
+    layer = find_layers(model, keep_ends=False)[0]
     assert layer.spec is not None
-    prepared = prepare(layer, module, method, METHODS[method], 0)
+    prepared = prepare(layer, weights, method, METHODS[method], NO_EVIDENCE)
     if prepared is None:
         pytest.skip(f"{method} does not support it")
     rank = prepared.rank(0.5)
-    weight = dense_weight(factorize(layer, module, prepared, rank), layer.spec)
+    weight = dense_weight(factorize(layer, weights, prepared, rank), layer.spec)
     assert weight.dtype == torch.float64
     assert torch.allclose(weight, prepared.reconstruct(rank), atol=1e-6)

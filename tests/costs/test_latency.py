@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tdkit.costs import latency
 from tdkit.costs.latency import measure_latency
+from tdkit.forward.inputs import Inputs
 
 
 class Clock:
@@ -47,7 +48,7 @@ def test_medians_of_runs_in_turn_after_a_warm_up(clock: Clock) -> None:
     slow = Takes(clock, lambda i: [9.0, 0.2, 0.4, 0.3, 5.0, 0.1][i], log, "slow")
     fast = Takes(clock, lambda i: 0.05, log, "fast")
     slow.drop.eval()
-    result = measure_latency([slow, fast], [torch.zeros(4, 3)], runs=5, seconds=1e9)
+    result = measure_latency([slow, fast], Inputs((torch.zeros(4, 3),)), runs=5, seconds=1e9)
     assert result.milliseconds == (pytest.approx(300), pytest.approx(50))
     assert (result.runs, result.batch, result.device) == (5, 4, "cpu")
     assert result.threads == torch.get_num_threads()
@@ -58,13 +59,13 @@ def test_medians_of_runs_in_turn_after_a_warm_up(clock: Clock) -> None:
 def test_it_stops_when_time_runs_out_but_not_before_three_runs(clock: Clock) -> None:
     log: list[str] = []
     model = Takes(clock, lambda i: 1.0, log, "model")
-    assert measure_latency([model], [torch.zeros(1)], runs=50, seconds=10.0).runs == 9
-    assert measure_latency([model], [torch.zeros(1)], runs=50, seconds=0.5).runs == 3
+    assert measure_latency([model], Inputs((torch.zeros(1),)), runs=50, seconds=10.0).runs == 9
+    assert measure_latency([model], Inputs((torch.zeros(1),)), runs=50, seconds=0.5).runs == 3
 
 
 def test_inputs_that_the_model_changes_are_copies(clock: Clock) -> None:
     x = torch.zeros(2, 2)
-    measure_latency([Takes(clock, lambda i: 1.0, [], "model")], [x], runs=3)
+    measure_latency([Takes(clock, lambda i: 1.0, [], "model")], Inputs((x,)), runs=3)
     assert torch.equal(x, torch.zeros(2, 2))
 
 
@@ -73,7 +74,7 @@ def test_the_batch_is_that_of_the_first_tensor(clock: Clock) -> None:
         def forward(self, flag: bool, x: Tensor) -> Tensor:
             return x
 
-    assert measure_latency([Two()], [True, torch.zeros(7, 2)], runs=3).batch == 7
+    assert measure_latency([Two()], Inputs((True, torch.zeros(7, 2))), runs=3).batch == 7
 
 
 def test_what_the_model_keeps_can_still_be_trained_with(clock: Clock) -> None:
@@ -89,6 +90,6 @@ def test_what_the_model_keeps_can_still_be_trained_with(clock: Clock) -> None:
             return self.linear(x) * self.cache
 
     model = Caches()
-    measure_latency([model], [torch.ones(1, 2)], runs=3)
+    measure_latency([model], Inputs((torch.ones(1, 2),)), runs=3)
     model(torch.ones(1, 2)).sum().backward()
     assert model.linear.weight.grad is not None

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tdkit.costs.uncounted import left_out, outside_macs
+from tdkit.forward.inputs import Inputs
 from tdkit.layers.inventory import find_layers
 
 
@@ -69,24 +70,26 @@ SEQUENCE = torch.ones(1, 10, 16)
 )
 def test_macs_outside_of_layers(model: nn.Module, value: Tensor, macs: int) -> None:
     before = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
-    layers = find_layers(model, inputs=[value])
-    assert outside_macs(model, layers, [value]) == macs
+    layers = find_layers(model, inputs=Inputs((value,)))
+    assert outside_macs(model, layers, Inputs((value,))) == macs
     after = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
     assert after == before
 
 
 def test_they_are_told_with_the_layers_that_are_read_directly() -> None:
     value = torch.ones(1, 7, 8)
-    layers = find_layers(Products(), inputs=[value])
+    layers = find_layers(Products(), inputs=Inputs((value,)))
     text = str(left_out(840, layers))
     assert text.startswith("MACs leave out 840 per input ")
     assert text.endswith("; not called as layers: read")
-    assert "not called" not in str(left_out(840, find_layers(Attention(), inputs=[SEQUENCE])))
+    assert "not called" not in str(
+        left_out(840, find_layers(Attention(), inputs=Inputs((SEQUENCE,))))
+    )
     assert left_out(0, layers) is None
 
 
 def test_that_they_are_unknown_is_told_too() -> None:
-    text = str(left_out(None, find_layers(Products(), inputs=[torch.ones(1, 7, 8)])))
+    text = str(left_out(None, find_layers(Products(), inputs=Inputs((torch.ones(1, 7, 8),)))))
     assert text.startswith("MACs outside of convolutional and linear layers, as in ")
     assert text.endswith(", are unknown; not called as layers: read")
 
@@ -96,4 +99,4 @@ def test_a_model_that_does_not_run_so_is_left_alone() -> None:
         def forward(self, x: Tensor) -> Tensor:
             raise ValueError("never")
 
-    assert outside_macs(Fails(nn.Linear(2, 2)), [], [torch.ones(1, 2)]) is None
+    assert outside_macs(Fails(nn.Linear(2, 2)), [], Inputs((torch.ones(1, 2),))) is None

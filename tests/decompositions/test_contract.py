@@ -30,6 +30,7 @@ from tdkit.layers.evidence import Evidence, Moments
 from tdkit.layers.inventory import find_layers
 from tdkit.layers.spec import LayerSpec, spec_of
 from tdkit.layers.stages import ChannelShuffle, Flatten, Stage, Unflatten
+from tdkit.layers.weights import ModuleWeights
 from tdkit.testing import check_laws
 
 
@@ -179,7 +180,7 @@ def test_scoring_hands_moments_to_those_that_ask_only() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 5), nn.Linear(5, 5)).double()
     layer, moments = find_layers(model)[1], moments_of(inputs(50, 6))
     found = [
-        scoring.prepare(layer, model[1], "method", method, 0, moments)
+        scoring.prepare(layer, ModuleWeights(model), "method", method, Evidence(0, moments))
         for method in (Whitened(), OnlyThree(), Seeded())
     ]
     assert [each.evidence.moments for each in found if each] == [moments, None, None]

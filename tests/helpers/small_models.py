@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from tdkit.checkpoint import load_into, load_model, save_model
-from tdkit.compression.compress import Compression, Goal, compress_model
+from tdkit.compression.compress import Compressed, Goal, compress_model
 from tdkit.compression.scoring import Grid
 from tdkit.decompositions.base import Decomposition
 from tdkit.layers.inventory import find_layers
 from tdkit.layers.reasons import is_factorization
+from tdkit.layers.traced import TracedModel
 from tdkit.metrics.weights import RELATIVE
 from tdkit.planners.greedy import greedy
 
@@ -65,7 +66,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def compressed(name: str, key: str, method: Decomposition) -> tuple[Compression, Tensor]:
+def compressed(name: str, key: str, method: Decomposition) -> tuple[Compressed, Tensor]:
     """A model under one method at 0.6, verified, and inputs for it."""
     create, shape = MODELS[name]
     with torch.random.fork_rng(devices=[]):
@@ -73,14 +74,14 @@ def compressed(name: str, key: str, method: Decomposition) -> tuple[Compression,
         model = create().eval()
     inputs = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     grid, goal = Grid({key: method}, [RELATIVE]), Goal(0.6, calibration="none")
-    result = compress_model(model, grid, goal, greedy, inputs=[inputs], keep_ends=False)
+    result = compress_model(TracedModel.of(model, inputs, keep_ends=False), grid, goal, greedy)
     assert result.verified
     assert not result.put_back
     assert result.plan.moves
     return result, inputs
 
 
-def check_saved(result: Compression, inputs: Tensor, file: Path, format: str) -> None:
+def check_saved(result: Compressed, inputs: Tensor, file: Path, format: str) -> None:
     """It loads again, gives the same output, and shows its layers as factorized."""
     cls = type(result.model)
     save_model(result.model, file, format=format, structure=result.structure)
@@ -100,7 +101,7 @@ def check_saved(result: Compression, inputs: Tensor, file: Path, format: str) ->
         assert all("already factorized" in str(why) for why in inner)
 
 
-def check_exported(result: Compression, inputs: Tensor, file: Path) -> None:
+def check_exported(result: Compressed, inputs: Tensor, file: Path) -> None:
     """onnxruntime gives the same output, at another batch size too."""
     import onnxruntime
 

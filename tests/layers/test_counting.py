@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.vision_transformer import VisionTransformer
 
-from tdkit.compression.compress import Goal, compress_model, compressed_macs
+from tdkit.compression.compress import Goal, compress_model
 from tdkit.compression.scoring import Grid
-from tdkit.costs.base import total_cost
+from tdkit.costs.base import Change, total_cost
+from tdkit.costs.macs import MACS
+from tdkit.costs.params import PARAMS
 from tdkit.forward.trace import Call
 from tdkit.layers.counting import macs, model_parameters
-from tdkit.layers.inventory import find_layers
 from tdkit.layers.spec import KINDS, LayerSpec, spec_of
 from tdkit.layers.stages import Flatten, Permute, Unflatten
+from tdkit.layers.traced import TracedModel
 from tdkit.metrics.weights import RELATIVE
 from tdkit.planners.greedy import greedy
 from tdkit.registry import load_registry, resolve_methods
@@ -81,18 +83,18 @@ def test_whole_models_dense_and_compressed(name: str) -> None:
     create, shape = MODELS[name]
     model = create().eval()
     x = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
-    layers = find_layers(model, inputs=[x])
-    assert total_cost(model, layers, "macs") == counted(model, x)
-    assert total_cost(model, layers, "params") == sum(p.numel() for p in model.parameters())
+    traced = TracedModel.of(model, x)
+    assert total_cost(model, traced.layers, MACS) == counted(model, x)
+    assert total_cost(model, traced.layers, PARAMS) == sum(p.numel() for p in model.parameters())
     grid = Grid(resolve_methods(load_registry(), ["svd", "tucker"]), [RELATIVE], (0.2, 0.4))
-    result = compress_model(model, grid, Goal(0.8), greedy, inputs=[x])
+    result = compress_model(traced, grid, Goal(0.8), greedy)
     assert result.plan.moves
-    assert compressed_macs(result) == counted(result.model, x)
+    assert result.costs["macs"] == Change(counted(model, x), counted(result.model, x))
     for candidate in result.plan.candidates:
         stages = result.model.get_submodule(candidate.layer)
-        assert candidate.params_after == sum(p.numel() for p in stages.parameters())
         dense = model.get_submodule(candidate.layer)
-        assert candidate.params_before == sum(p.numel() for p in dense.parameters())
+        sizes = (sum(p.numel() for p in module.parameters()) for module in (dense, stages))
+        assert candidate.costs["params"] == Change(*sizes)
 
 
 def test_shared_parameters_count_once() -> None:

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrizations, prune
 
 from tdkit.errors import UnsupportedError, UsageError
 from tdkit.forward.copying import unwrap
+from tdkit.forward.inputs import Inputs
 from tdkit.forward.trace import Call, trace
 from tdkit.forward.trial import mode, trial
 from tdkit.layers.counting import macs
@@ -181,7 +182,7 @@ def test_41_lazy_layers_are_kept_and_stay_lazy(lazy: nn.Module) -> None:
     assert "lazy" in str(reason(model, "2"))
     assert table(model)["2"].parameters == 0
     with pytest.raises(UnsupportedError, match="lazy"):
-        find_layers(model, inputs=[torch.randn(1, 4)])
+        find_layers(model, inputs=Inputs((torch.randn(1, 4),)))
     assert "lazy" in str(reason(model, "2"))
 
 
@@ -219,7 +220,7 @@ def test_subclasses_are_kept() -> None:
 def test_43_and_44_layers_that_transformers_read_directly_are_kept() -> None:
     encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     model = nn.Sequential(nn.Linear(4, 8), encoder, nn.Linear(8, 2))
-    layers = table(model, inputs=[torch.randn(1, 5, 4)])
+    layers = table(model, inputs=Inputs((torch.randn(1, 5, 4),)))
     assert "MultiheadAttention" in str(layers["1.self_attn.out_proj"].reason)
     assert "TransformerEncoderLayer" in str(layers["1.linear1"].reason)
     assert "TransformerEncoderLayer" in str(layers["1.linear2"].reason)
@@ -229,7 +230,7 @@ def test_46_one_module_under_three_names_is_one_layer() -> None:
     shared = nn.Linear(6, 6)
     model = nn.Sequential(nn.Linear(4, 6), shared, nn.ReLU(), shared, nn.ReLU(), shared)
     model.append(nn.Linear(6, 2))
-    layer = table(model, inputs=[torch.randn(1, 4)])["1"]
+    layer = table(model, inputs=Inputs((torch.randn(1, 4),)))["1"]
     assert (layer.aliases, layer.reason) == (("3", "5"), None)
     assert layer.calls == (Call((1, 6)),) * 3
     assert layer.macs == 3 * 36
@@ -334,7 +335,7 @@ class Backwards(nn.Module):
 
 class TestEnds:
     def test_the_first_and_last_called_are_kept(self) -> None:
-        layers = table(Backwards(), inputs=[torch.randn(1, 4)])
+        layers = table(Backwards(), inputs=Inputs((torch.randn(1, 4),)))
         assert list(layers) == ["stem", "body", "head", "auxiliary"]
         assert layers["stem"].reason == "the first layer is kept dense"
         assert layers["head"].reason == "the last layer is kept dense"
@@ -350,13 +351,13 @@ class TestEnds:
         assert layers["body"].calls is layers["body"].macs is None
 
     def test_they_can_be_let_in(self) -> None:
-        layers = find_layers(Backwards(), inputs=[torch.randn(1, 4)], keep_ends=False)
+        layers = find_layers(Backwards(), inputs=Inputs((torch.randn(1, 4),)), keep_ends=False)
         assert [layer.reason for layer in layers] == [None] * 4
 
     def test_another_reason_comes_first(self) -> None:
         model = Backwards()
         model.stem.register_forward_hook(lambda *_: None)
-        assert "hooks" in str(reason(model, "stem", inputs=[torch.randn(1, 4)]))
+        assert "hooks" in str(reason(model, "stem", inputs=Inputs((torch.randn(1, 4),))))
 
 
 class Restless(nn.Module):
@@ -381,7 +382,7 @@ class TestTrace:
         model.layers[1].eval()
         state, inputs = copy.deepcopy(model.state_dict()), torch.ones(1, 4)
         seeds = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1])
-        calls = trace(model, [model.layers[0]], [inputs])
+        calls = trace(model, [model.layers[0]], Inputs((inputs,)))
         assert calls == {model.layers[0]: [Call((1, 4))]}
         assert torch.equal(inputs, torch.ones(1, 4))
         assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
@@ -396,14 +397,14 @@ class TestTrace:
     def test_it_runs_in_eval_mode(self) -> None:
         model = Backwards()
         assert model.auxiliary not in trace(
-            model, [model.auxiliary, model.body], [torch.ones(1, 4)]
+            model, [model.auxiliary, model.body], Inputs((torch.ones(1, 4),))
         )
 
     def test_a_failure_names_the_shape_and_leaves_no_hooks(self) -> None:
         model = Backwards()
         with pytest.raises(UnsupportedError, match=r"\(1, 5\): mat1 and mat2") as caught:
-            trace(model, [model.stem], [torch.ones(1, 5)])
-        assert "--input-shape" in str(caught.value.hint)
+            trace(model, [model.stem], Inputs((torch.ones(1, 5),)))
+        assert "input_shape=(3, 224, 224)" in str(caught.value.hint)
         assert not model.stem._forward_pre_hooks
         assert model.training
 
@@ -422,7 +423,7 @@ class TestTrace:
                 return self.linear(windows.movedim(1, -1))
 
         model = Windows()
-        calls = trace(model, [model.linear, model.conv], [torch.ones(1, 3, 4, 6)])
+        calls = trace(model, [model.linear, model.conv], Inputs((torch.ones(1, 3, 4, 6),)))
         assert calls[model.conv] == [Call((2, 3, 4, 3)), Call((1, 3, 4, 3))]
         assert calls[model.linear] == [Call((2, 4, 3, 3))]
         assert macs([spec_of(model.linear)], calls[model.linear]) == 2 * 4 * 3 * 9

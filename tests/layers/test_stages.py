@@ -12,6 +12,7 @@ from torchvision.ops import Permute as PermuteModule
 
 from tdkit.decompositions.base import compose
 from tdkit.errors import UnsupportedError, UsageError
+from tdkit.forward.inputs import Inputs
 from tdkit.layers.chains import OWN_STAGES, read_stage, stage_of, weighted
 from tdkit.layers.inventory import find_layers
 from tdkit.layers.reasons import is_factorization
@@ -203,7 +204,7 @@ class Reshaping(nn.Module):
 
 def test_a_linear_knows_its_leading_axes_where_its_calls_agree() -> None:
     model = Reshaping()
-    layers = find_layers(model, inputs=[torch.zeros(1, 3, 4)], keep_ends=False)
+    layers = find_layers(model, inputs=Inputs((torch.zeros(1, 3, 4),)), keep_ends=False)
     assert {a.name: a.spec.leading for a in layers if a.spec} == {"both": 1, "tokens": 2, "rows": 1}
     unseen = find_layers(model, keep_ends=False)
     assert {a.spec.leading for a in unseen if a.spec} == {1}
