@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tdkit.api.finetune import Finetuned, finetune
     from tdkit.api.inspect import Inspection, inspect
     from tdkit.api.plan import plan
-    from tdkit.api.plugins import plugins
+    from tdkit.api.plugins import Plugins, plugins
     from tdkit.api.report import Study, report
     from tdkit.api.score import Scores, score
     from tdkit.api.train import Trained, train
@@ -36,6 +36,7 @@ _HOMES = {
     "Inspection": "tdkit.api.inspect",
     "Move": "tdkit.compression.plan",
     "Plan": "tdkit.compression.plan",
+    "Plugins": "tdkit.api.plugins",
     "Report": "tdkit.compression.report",
     "Scores": "tdkit.api.score",
     "Study": "tdkit.api.report",
@@ -57,9 +58,9 @@ _HOMES = {
 }
 
 __all__ = [
-    "Compression", "Factorization", "Finetuned", "Inspection", "Move", "Plan", "Report", "Scores",
-    "Study", "TdkitError", "Trained", "apply", "compress", "factorize", "finetune", "inspect",
-    "load", "plan", "plugins", "report", "save", "score", "train", "validate",
+    "Compression", "Factorization", "Finetuned", "Inspection", "Move", "Plan", "Plugins", "Report",
+    "Scores", "Study", "TdkitError", "Trained", "apply", "compress", "factorize", "finetune",
+    "inspect", "load", "plan", "plugins", "report", "save", "score", "train", "validate",
 ]  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from tdkit.errors import UsageError, option
 from tdkit.forward.copying import own_copy
 from tdkit.progress import Progress, listening
 from tdkit.registry import load_registry
+from tdkit.tables import Table, number
 from tdkit.training.finetuning import Finetuning, Tuned
 from tdkit.training.settings import FinetuneSettings
 
@@ -44,7 +45,26 @@ class Finetuned:
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        return "\n".join(self.tuned.lines(self.accuracy[1]))
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+    def table(self) -> Table:
+        """Accuracies before and after, as far as they are known."""
+        history, best = self.tuned.result.history, self.tuned.result.best
+        before, after = history[0].validation_accuracy, best.validation_accuracy
+        rows = [(f"accuracy, validation (epoch {best.number} kept)", *_percents(before, after))]
+        before_test, after_test = self.accuracy
+        if before_test is not None and after_test is not None:
+            name = f"accuracy, test ({number(self.tuned.images)} images)"
+            rows.append((name, *_percents(before_test, after_test)))
+        columns = ("", "before", "after")
+        return Table(columns, tuple(rows), frozenset(columns[1:]))
+
+    def lines(self) -> list[str]:
+        """What ``tdkit finetune`` prints."""
+        return self.tuned.lines(self.accuracy[1])
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON values."""
@@ -175,3 +195,7 @@ def finetune(
         written=destination,
         notes=subject.opened.notes,
     )
+
+
+def _percents(before: float, after: float) -> tuple[str, str]:
+    return f"{100 * before:.2f} %", f"{100 * after:.2f} %"

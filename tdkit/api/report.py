@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from tdkit.study.recipe import StudyRecipe
     from tdkit.study.records import Results
     from tdkit.study.report.conclusions import Analysis
+    from tdkit.tables import Table
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,12 +35,26 @@ class Study:
     report: Path | None
 
     def __str__(self) -> str:
-        """The findings, a sentence each."""
-        from tdkit.study.report.findings import caveats, findings
+        """What ``tdkit validate`` prints."""
+        tables = (f"{title}\n{table}\n" for title, table in self.tables())
+        return "\n".join([self.analysis.title, "", *tables, *self.sentences()])
 
-        lines = [f"{heading}: {sentence}" for heading, sentence in findings(self.analysis)]
-        notes = [f"Note: {caveat}" for caveat in caveats(self.analysis)]
-        return "\n".join([self.analysis.title, "", *lines, *notes])
+    def _repr_html_(self) -> str:
+        tables = (f"<p>{escape(title)}</p>{t._repr_html_()}" for title, t in self.tables())
+        sentences = (f"<p>{escape(sentence)}</p>" for sentence in self.sentences())
+        return "".join([f"<h3>{escape(self.analysis.title)}</h3>", *tables, *sentences])
+
+    def tables(self) -> tuple[tuple[str, Table], ...]:
+        """For each stage τ by error and the verdict on each keep, as (title, table)."""
+        from tdkit.study.report.summary import summary_tables
+
+        return summary_tables(self.analysis)
+
+    def sentences(self) -> tuple[str, ...]:
+        """The findings, and what limits them."""
+        from tdkit.study.report.summary import summary_sentences
+
+        return summary_sentences(self.analysis)
 
     @property
     def failed(self) -> int:

@@ -13,6 +13,7 @@ from tdkit.errors import UsageError
 from tdkit.files import atomic_write, check_writable
 from tdkit.progress import Progress, listening
 from tdkit.recipes import find_recipe, load_recipe
+from tdkit.tables import Table, number
 from tdkit.training.recipe import TrainRecipe
 
 if TYPE_CHECKING:
@@ -43,14 +44,27 @@ class Trained:
         return self.weights.with_suffix(".json")
 
     def __str__(self) -> str:
-        if self.provenance["test_accuracy"] is None:
-            return f"wrote {self.weights} and {self.notes_file}"
-        images, accuracy = (
-            self.provenance["test_images"],
-            100 * self.provenance["test_accuracy"],
-        )
-        text = f"accuracy on {images:,} test images: {accuracy:.2f} %"
-        return f"{text}\nwrote {self.weights} and {self.notes_file}"
+        return str(self.table())
+
+    def _repr_html_(self) -> str:
+        return self.table()._repr_html_()
+
+    def table(self) -> Table:
+        """The best validation accuracy, and that on the test split where it is known."""
+        rows = [("validation", _percent(max(self.provenance["validation_accuracy"])))]
+        if self.provenance["test_accuracy"] is not None:
+            name = f"test ({number(self.provenance['test_images'])} images)"
+            rows.append((name, _percent(self.provenance["test_accuracy"])))
+        return Table(("", "accuracy"), tuple(rows), frozenset(["accuracy"]))
+
+    def lines(self) -> list[str]:
+        """What ``tdkit train`` prints."""
+        lines = [f"wrote {self.weights} and {self.notes_file}"]
+        if self.provenance["test_accuracy"] is not None:
+            images = f"{self.provenance['test_images']:,} test images"
+            accuracy = _percent(self.provenance["test_accuracy"])
+            lines.insert(0, f"accuracy on {images}: {accuracy}")
+        return lines
 
 
 def train(
@@ -188,3 +202,7 @@ def _provenance(
         "test_accuracy": None if test is None else test.accuracy,
         "test_images": None if test is None else len(test.correct),
     }
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"

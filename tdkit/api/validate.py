@@ -348,9 +348,11 @@ def _measure(
             progress=lambda done, total: update(title, done, total),
             note=note,
         )
-    except BaseException:
+    except BaseException as stop:
         now = store.progress()
-        note(f"{now.measured} of {now.planned} measured; started again, it goes on")
+        # As add_note does it, which Python 3.10 has not.
+        notes = stop.__dict__.setdefault("__notes__", [])
+        notes.append(f"{now.measured} of {now.planned} measured")
         raise
 
 

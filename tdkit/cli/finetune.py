@@ -90,8 +90,8 @@ def finetune(
     if json:
         stdout().out(file_json(done.to_json()), end="")
     else:
-        if text := str(done):
-            say(text)
+        for line in done.lines():
+            say(line)
         file = done.written
         say(f"wrote {file.path} ({file.format}), {done.seconds:.0f} s in all")
     tell_notes(done.notes)

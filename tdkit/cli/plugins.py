@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tdkit.cli.options import Json
 
 if TYPE_CHECKING:
-    from tdkit.registry import Provider, Registry
-
-_FEW = 12
+    from tdkit.api.plugins import Plugins
+    from tdkit.registry import Provider
 
 
 def plugins(json: Json = False) -> None:
@@ -21,16 +20,15 @@ def plugins(json: Json = False) -> None:
     from tdkit.cli.display import stdout
     from tdkit.cli.parsing import file_json
 
-    registry = tdkit.plugins()
+    found = tdkit.plugins()
     if json:
-        value = {"plugins": [vars(provider) for provider in registry.providers]}
-        stdout().out(file_json(value), end="")
+        stdout().out(file_json(found.to_json()), end="")
         return
-    for number, provider in enumerate(registry.providers):
-        _print(provider, registry, first=number == 0)
+    for number, provider in enumerate(found.providers):
+        _print(provider, found, first=number == 0)
 
 
-def _print(provider: Provider, registry: Registry, *, first: bool) -> None:
+def _print(provider: Provider, found: Plugins, *, first: bool) -> None:
     from tdkit.cli.display import say, show, table
 
     say(f"{'' if first else chr(10)}{provider.name} {provider.version}")
@@ -39,20 +37,6 @@ def _print(provider: Provider, registry: Registry, *, first: bool) -> None:
         return
     view = table(None, "", "", "", "")
     view.show_header = False
-    for hook, names in provider.provides.items():
-        kind = hook.removeprefix("tdkit_")
-        records = getattr(registry, kind)
-        # Eighty summaries of architectures say less than their names.
-        rows = [(name, _summary(records[name])) for name in names]
-        if len(names) > _FEW:
-            rows = [(f"{len(names)} names", ", ".join(names))]
-        for row, (name, summary) in enumerate(rows):
-            view.add_row("", "" if row else kind, name, summary)
+    for row in found.table(provider).rows:
+        view.add_row("", *row)
     show(view)
-
-
-def _summary(record: Any) -> str:
-    limit = getattr(record, "default", 1.0)
-    if limit == 0:
-        return f"{record.summary}; only if named"
-    return f"{record.summary}{'' if limit >= 1 else f'; unless named, up to keep {limit:g}'}"

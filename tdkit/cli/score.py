@@ -48,10 +48,9 @@ def score(
     Example: `tdkit score garipov --methods tucker,tt`
     """
     import tdkit
-    from tdkit.cli.display import say, show, stdout
-    from tdkit.cli.display import table as view
+    from tdkit.cli.display import say, stdout
     from tdkit.cli.parsing import file_json, parse_keeps, parse_names, parse_settings
-    from tdkit.cli.telling import tell_notes, tell_unused_plugins
+    from tdkit.cli.telling import show_table, tell_notes, tell_unused_plugins
 
     names = parse_names(methods, "--methods")
     metrics = parse_names(metric, "--metric") or []
@@ -84,10 +83,6 @@ def score(
         stdout().out(file_json(scores.to_json()), end="")
     else:
         for name in scores.metrics:
-            table = scores.table(name)
-            shown = view(name, *table.columns, right=tuple(table.right))
-            for row in table.rows:
-                shown.add_row(*row)
-            show(shown)
+            show_table(scores.table(name), name)
         say(f"\nwrote {scores.written}, {len(scores.candidates)} candidates")
     tell_notes(scores.notes)

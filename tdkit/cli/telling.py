@@ -21,12 +21,12 @@ def tell_unused_plugins() -> None:
             note(f"{title} is not used: {provider.failure}")
 
 
-def show_table(table: Table) -> None:
+def show_table(table: Table, title: str | None = None) -> None:
     """Print a table of the library, whole."""
     from tdkit.cli.display import show
     from tdkit.cli.display import table as view
 
-    shown = view(None, *table.columns, right=tuple(table.right))
+    shown = view(title, *table.columns, right=tuple(table.right))
     for row in table.rows:
         shown.add_row(*row)
     show(shown)

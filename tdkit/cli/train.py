@@ -36,7 +36,9 @@ def train(
     import tdkit
     from tdkit.cli.display import say
     from tdkit.cli.stopping import resumable
+    from tdkit.cli.telling import tell_unused_plugins
 
+    tell_unused_plugins()
     with resumable(resume, True):
         done = tdkit.train(
             recipe,
@@ -48,4 +50,5 @@ def train(
             progress=True,
             say=say,
         )
-    say(str(done))
+    for line in done.lines():
+        say(line)

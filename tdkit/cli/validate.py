@@ -120,12 +120,13 @@ def validate(
             note=note,
         )
     except StoppedError as stop:
-        stop.said = "the same command goes on"
+        if measured := getattr(stop, "__notes__", None):
+            stop.said = f"{'; '.join(measured)}; the same command goes on"
         raise
     if json:
         stdout().out(file_json(study.to_json()), end="")
     else:
-        print_summary(study.analysis)
+        print_summary(study)
         where = f"wrote {study.report}" if study.report else f"measurements are in {study.folder}"
         say(f"\n{where}")
     if study.failed:
