@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tdkit.decompositions.base import Decomposition, Prepared, Rank
+from tdkit.decompositions.settings import refuse_negative
 from tdkit.decompositions.spectra import leading_basis
 from tdkit.errors import UsageError
 from tdkit.layers.evidence import NO_EVIDENCE, Evidence
@@ -45,7 +46,7 @@ class Cp(Decomposition):
             ``uniform``, entries drawn from [0, 1), as in the paper.
 
     Raises:
-        UsageError: If the start is unknown.
+        UsageError: If the start is unknown, or a number is below 0.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Cp(Decomposition):
     ) -> None:
         if start not in STARTS:
             raise UsageError(f"unknown start {start!r}", f"it is {' or '.join(STARTS)}")
+        refuse_negative(sweeps=sweeps, tolerance=tolerance, ridge=ridge)
         self.sweeps = sweeps
         self.tolerance = tolerance
         self.ridge = ridge

@@ -13,12 +13,35 @@ from tdkit.recipes import Setting
 
 
 def settings_of(method: Decomposition) -> dict[str, Setting]:
-    """What a method was created with, as far as it is plain: its defaults count as well."""
+    """What a method was created with, as far as it is plain: its defaults count as well.
+
+    That is what it keeps under the names of its constructor's keywords.
+    """
+    known = _keywords(type(method))
+    return {key: value for key, value in traits_of(method).items() if key in known}
+
+
+def traits_of(method: Decomposition) -> dict[str, Setting]:
+    """All plain values that a method keeps, settings and what follows from them."""
     return {
         key: value
         for key, value in vars(method).items()
         if not key.startswith("_") and isinstance(value, bool | int | float | str)
     }
+
+
+def refuse_negative(**settings: float) -> None:
+    """Refuse numbers below 0, and those that are none, where a constructor is handed them.
+
+    Args:
+        **settings: By the name of a setting.
+
+    Raises:
+        UsageError: Of the first that is one.
+    """
+    for key, value in settings.items():
+        if not value >= 0:
+            raise UsageError(f"the setting {key} must be at least 0, not {value:g}")
 
 
 def create(record: DecompositionRecord, settings: Mapping[str, Setting]) -> Decomposition:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tdkit.decompositions.base import Decomposition, Prepared, Rank
 from tdkit.decompositions.hosvd import hosvd, project
+from tdkit.decompositions.settings import refuse_negative
 from tdkit.decompositions.spectra import fitted, leading_basis
 from tdkit.layers.evidence import NO_EVIDENCE, Evidence
 from tdkit.layers.spec import LayerSpec
@@ -32,9 +33,13 @@ class Tucker(Decomposition):
             0 is the HOSVD that the paper's text names, whose error at every rank is a table
             look-up.
         tolerance: HOOI stops when a sweep adds less than this share of the kept energy.
+
+    Raises:
+        UsageError: If a number is below 0.
     """
 
     def __init__(self, sweeps: int = 0, tolerance: float = 1e-5) -> None:
+        refuse_negative(sweeps=sweeps, tolerance=tolerance)
         self.sweeps = sweeps
         self.tolerance = tolerance
 
