@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tdkit.decompositions.base import Decomposition
@@ -11,14 +11,19 @@ from tdkit.errors import UsageError, first_line
 from tdkit.hookspecs import DecompositionRecord
 from tdkit.recipes import Setting
 
+# Where a method remembers what it was given.
+_GIVEN = "_tdkit_settings"
+
 
 def settings_of(method: Decomposition) -> dict[str, Setting]:
     """What a method was created with, as far as it is plain: its defaults count as well.
 
-    That is what it keeps under the names of its constructor's keywords.
+    That is what :func:`create` was given, and what the method keeps under the names of its
+    constructor's keywords.
     """
     known = _keywords(type(method))
-    return {key: value for key, value in traits_of(method).items() if key in known}
+    kept = {key: value for key, value in traits_of(method).items() if key in known}
+    return {**vars(method).get(_GIVEN, {}), **kept}
 
 
 def traits_of(method: Decomposition) -> dict[str, Setting]:
@@ -49,33 +54,41 @@ def create(record: DecompositionRecord, settings: Mapping[str, Setting]) -> Deco
 
     Args:
         record: The method.
-        settings: By the name of a keyword of its constructor.
+        settings: By the name of a keyword of ``create``, or of the constructor behind it.
 
     Raises:
-        UsageError: If the constructor has no such keyword, or refuses a value; the message names
-            those that there are.
+        UsageError: If there is no such keyword, or its value is refused; the message names those
+            that there are.
     """
-    method = record.create()
     if not settings:
-        return method
-    known = _keywords(type(method))
+        return record.create()
+    known = _taken(record)
     for key, value in settings.items():
         if key not in known:
             there = f"it has {', '.join(known)}" if known else "it has none"
             raise UsageError(f"{record.name} has no setting {key!r}", there)
         _check(record.name, key, value, known[key].default)
     try:
-        return record.create(**settings)
+        made = record.create(**settings)
     except TypeError as error:
         raise UsageError(
             f"{record.name} does not take the settings {_listed(settings)}: {first_line(error)}"
         ) from error
+    vars(made)[_GIVEN] = dict(settings)
+    return made
 
 
-def _keywords(cls: type[Decomposition]) -> dict[str, inspect.Parameter]:
-    if cls.__init__ is object.__init__:
-        return {}
-    parameters = list(inspect.signature(cls).parameters.values())
+def _taken(record: DecompositionRecord) -> dict[str, inspect.Parameter]:
+    """What can be set: keywords of create, of the constructor where that is handed all of them."""
+    parameters = inspect.signature(record.create).parameters.values()
+    own = _keywords(record.create)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return {**_keywords(type(record.create())), **own}
+    return own
+
+
+def _keywords(function: Callable[..., Decomposition]) -> dict[str, inspect.Parameter]:
+    parameters = list(inspect.signature(function).parameters.values())
     return {p.name: p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
 
 

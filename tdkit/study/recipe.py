@@ -83,7 +83,8 @@ class MethodRecipe:
 
     def __init__(self, method: str, **settings: Setting) -> None:
         object.__setattr__(self, "method", method)
-        object.__setattr__(self, "given", tuple(settings.items()))
+        # In one order, so that two tables that say the same are the same.
+        object.__setattr__(self, "given", tuple(sorted(settings.items())))
 
     @property
     def settings(self) -> dict[str, Setting]:

@@ -23,7 +23,7 @@ from tdkit.decompositions.base import (
     layer_stages,
     unsupported,
 )
-from tdkit.decompositions.settings import traits_of
+from tdkit.decompositions.settings import settings_of, traits_of
 from tdkit.errors import UnsupportedError, UsageError, unknown_name
 from tdkit.layers.evidence import Evidence
 from tdkit.layers.inventory import Layer, matches
@@ -184,7 +184,7 @@ def identity(workspace: Workspace) -> dict[str, Any]:
         },
         "data": workspace.dataset.fingerprint,
         "recipe": values,
-        "methods": {name: traits_of(method) for name, method in workspace.methods.items()},
+        "methods": {n: {**settings_of(m), **traits_of(m)} for n, m in workspace.methods.items()},
         "versions": {
             **workspace.versions,
             "tdkit": __version__,
