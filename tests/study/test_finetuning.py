@@ -17,7 +17,10 @@ from tdkit.decompositions.cp import Cp
 from tdkit.decompositions.tt import TensorTrain
 from tdkit.decompositions.tucker import Tucker
 from tdkit.errors import TdkitError, UsageError
+from tdkit.forward.inputs import Inputs
+from tdkit.layers.evidence import Evidence
 from tdkit.layers.inventory import Layer, find_layers
+from tdkit.layers.weights import ModuleWeights
 from tdkit.metrics.weights import RELATIVE
 from tdkit.study.finetuning import _seed, fine_tuned, training_images, weight_norms
 from tdkit.study.measuring import measure
@@ -59,7 +62,7 @@ def opened(model: nn.Module | None = None, **changes: Any) -> Workspace:
     parts = {"train": split(64, 1), "validation": split(40, 2), "test": split(80, 3)}
     return Workspace(
         model=model,
-        layers=tuple(find_layers(model, inputs=[torch.zeros(1, 1, 8, 8)])),
+        layers=tuple(find_layers(model, inputs=Inputs((torch.zeros(1, 1, 8, 8),)))),
         methods={"cp": Cp(sweeps=5, start="uniform"), "tucker": Tucker(), "tt": TensorTrain()},
         metrics=(RELATIVE,),
         dataset=Dataset("grey", ("dark", "bright"), (1, 8, 8), (0.35,), (0.2,), "", **parts),
@@ -74,10 +77,10 @@ CP = Trial("2", "cp", 0.5, 9, 0, 0, "after")
 
 def stand_in(workspace: Workspace, trial: Trial) -> tuple[Layer, nn.Sequential]:
     layer = next(each for each in workspace.layers if each.name == trial.layer)
-    module = workspace.model.get_submodule(trial.layer)
-    prepared = prepare(layer, module, trial.method, workspace.methods[trial.method], trial.seed)
+    weights, method = ModuleWeights(workspace.model), workspace.methods[trial.method]
+    prepared = prepare(layer, weights, trial.method, method, Evidence(trial.seed))
     assert prepared is not None
-    return layer, factorize(layer, module, prepared, trial.rank)
+    return layer, factorize(layer, weights, prepared, trial.rank).eval()
 
 
 def tuned(workspace: Workspace, trial: Trial) -> tuple[nn.Module, dict[str, float]]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from tdkit.forward.inputs import Inputs
 from tdkit.study.layouts import set_layouts, small_maps
 
 
@@ -46,7 +47,7 @@ class Net(nn.Module):
 
 
 def layouts_of(model: nn.Module, images: Tensor) -> list[str]:
-    set_layouts(model, [images[:1]])
+    set_layouts(model, Inputs((images[:1],)))
     with torch.no_grad(), Seen() as seen, small_maps(model):
         model(images)
     return seen.layouts[1:]  # the stem gets the images as they are
@@ -106,7 +107,7 @@ def test_outputs_and_values_stay_the_same() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
         expected = model(images)
-        set_layouts(model, [images[:1]])
+        set_layouts(model, Inputs((images[:1],)))
         with small_maps(model):
             assert modes() == 1
             found = model(images)
@@ -116,7 +117,7 @@ def test_outputs_and_values_stay_the_same() -> None:
 
 def test_gradients_pass() -> None:
     model = Net(nn.Conv2d(*WIDE, padding=1))
-    set_layouts(model, [torch.randn(1, 3, 4, 4)])
+    set_layouts(model, Inputs((torch.randn(1, 3, 4, 4),)))
     with small_maps(model):
         assert modes() == 1
         model(torch.randn(2, 3, 4, 4)).sum().backward()
@@ -147,7 +148,7 @@ def test_a_convolution_that_has_no_weight_is_none_of_these() -> None:
             return functional.avg_pool2d(x, 3)
 
     model = Averages()
-    set_layouts(model, [torch.randn(1, 3, 6, 6)])
+    set_layouts(model, Inputs((torch.randn(1, 3, 6, 6),)))
     with small_maps(model):
         assert modes() == 0
 
@@ -165,7 +166,7 @@ def test_the_mode_is_entered_where_it_has_something_to_do(
 ) -> None:
     # A mode of torch turns the fast path of its transformer layers off.
     model = Net(convolution)
-    set_layouts(model, [torch.randn(1, 3, side, side)])
+    set_layouts(model, Inputs((torch.randn(1, 3, side, side),)))
     with small_maps(model):
         assert modes() == expected
     assert modes() == 0
@@ -179,7 +180,7 @@ def test_a_model_that_fails_with_both_layouts_stays_contiguous() -> None:
             return super().forward(x)
 
     model = Fails(nn.Conv2d(*WIDE, padding=1))
-    set_layouts(model, [torch.randn(1, 3, 6, 6)])
+    set_layouts(model, Inputs((torch.randn(1, 3, 6, 6),)))
     assert layout(model.stem.weight) == "first"
     with small_maps(model):
         model(torch.randn(2, 3, 6, 6))

@@ -19,9 +19,12 @@ from tdkit.decompositions.cp import Cp
 from tdkit.decompositions.tt import TensorTrain
 from tdkit.decompositions.tucker import Tucker
 from tdkit.errors import UnsupportedError, UsageError
+from tdkit.forward.inputs import Inputs
 from tdkit.layers.counting import model_parameters
+from tdkit.layers.evidence import NO_EVIDENCE, Evidence
 from tdkit.layers.inventory import find_layers, replace_layer
 from tdkit.layers.spec import LayerSpec
+from tdkit.layers.weights import ModuleWeights
 from tdkit.metrics import features, weights
 from tdkit.metrics.features import feature_errors
 from tdkit.study import layouts, measuring
@@ -84,7 +87,7 @@ def opened(
     )
     workspace = Workspace(
         model=model,
-        layers=tuple(find_layers(model, inputs=[torch.zeros(1, 1, 7, 7, dtype=dtype)])),
+        layers=tuple(find_layers(model, inputs=Inputs((torch.zeros(1, 1, 7, 7, dtype=dtype),)))),
         methods={"cp": Cp(sweeps=5, start="uniform"), "tucker": Tucker(), "tt": TensorTrain()},
         metrics=METRICS,
         dataset=Dataset(
@@ -124,7 +127,7 @@ def test_wide_convolutions_run_in_their_faster_layout(monkeypatch: pytest.Monkey
     model = Watchful()
     workspace = opened(model)
     # As a workspace is opened; "next" is wide and "conv" is not.
-    layouts.set_layouts(model, [torch.zeros(1, 1, 7, 7)])
+    layouts.set_layouts(model, Inputs((torch.zeros(1, 1, 7, 7),)))
     model.modes.clear()
     baseline(workspace)
     assert model.modes == {1}
@@ -136,9 +139,10 @@ def test_wide_convolutions_run_in_their_faster_layout(monkeypatch: pytest.Monkey
 def by_hand(workspace: Workspace, trial: Trial) -> dict[str, Any]:
     layer = next(each for each in workspace.layers if each.name == trial.layer)
     module = workspace.model.get_submodule(trial.layer)
-    prepared = prepare(layer, module, trial.method, workspace.methods[trial.method], trial.seed)
+    weights, method = ModuleWeights(workspace.model), workspace.methods[trial.method]
+    prepared = prepare(layer, weights, trial.method, method, Evidence(trial.seed))
     assert prepared is not None
-    stand_in = factorize(layer, module, prepared, trial.rank)
+    stand_in = factorize(layer, weights, prepared, trial.rank)
     weight = module.get_parameter("weight").detach().double()
     gap = float(torch.linalg.vector_norm(weight - prepared.reconstruct(trial.rank)))
     norm = float(torch.linalg.vector_norm(weight))
@@ -190,11 +194,13 @@ def test_costs_are_those_of_candidates() -> None:
     workspace = opened()
     trial = TRIALS[3]
     layer = next(each for each in workspace.layers if each.name == "conv")
-    prepared = prepare(layer, workspace.model.conv, "tucker", Tucker(), 0)
+    weights = ModuleWeights(workspace.model)
+    prepared = prepare(layer, weights, "tucker", Tucker(), Evidence(0))
     assert prepared is not None
     candidate = candidate_of(layer, "tucker", prepared, trial.rank, METRICS)
     (found,) = measure(workspace, [trial])
-    assert (found.macs_before, found.macs_after) == (candidate.macs_before, candidate.macs_after)
+    macs = candidate.costs["macs"]
+    assert (found.macs_before, found.macs_after) == (macs.before, macs.after)
     assert found.macs_before == 49 * 6 * 8 * 9
 
 
@@ -366,7 +372,9 @@ def test_a_method_that_fails(wrong: Callable[[Tensor], Tensor], reason: str) -> 
 
 def test_a_method_that_cannot_prepare() -> None:
     class Unprepared(Odd):
-        def prepare(self, layer: LayerSpec, weight: Tensor, seed: int = 0) -> Prepared:
+        def prepare(
+            self, layer: LayerSpec, weight: Tensor, evidence: Evidence | int = NO_EVIDENCE
+        ) -> Prepared:
             raise RuntimeError("not today")
 
     class Unfit(Odd):

@@ -142,11 +142,8 @@ class TestValidation:
             ("keep = 0.5", "keep = 0.75", r"ranks\.keep must be one of the keeps 0\.5, 0\.25"),
             ("keep = 0.5", "keep = 2", r"ranks\.keep must be above 0 and at most 1, not 2"),
             ('"tucker"\nkeep', '"tt"\nkeep', r"ranks\.method must be one of cp, tucker, not 'tt'"),
-            ("sweeps = 10", "sweeps = -1", r"options\.sweeps must be at least 0, not -1"),
-            ("sweeps = 10", "ridge = -1", r"options\.ridge must be at least 0, not -1"),
-            ("sweeps = 10", "tolerance = -1e-3", r"options\.tolerance must be at least 0"),
-            ("sweeps = 10", 'start = "zero"', r"options\.start must be one of orthogonal, unif"),
-            ("sweeps = 10", "swoops = 1", r"unknown key options\.swoops"),
+            ("sweeps = 10", "sweeps = [10]", r"options\.sweeps must be a number, a string, true"),
+            ('method = "cp"\nsweeps', "sweeps", r"the key options\.method is missing"),
             ('"cp"\nsweeps', '"tt"\nsweeps', r"options\.method must be one of cp, tucker"),
             ("images = 30", "images = 1", r"finetune\.images must be at least 2, not 1"),
             ("keeps = [0.25]", "keeps = [0.75]", r"finetune\.keeps must be one of the keeps"),
@@ -189,6 +186,13 @@ class TestValidation:
         )
         assert recipe.evaluation == ImagesRecipe("test")
         assert recipe.finetune is None
+
+    def test_settings_of_methods_are_for_whoever_opens_the_study_to_check(self) -> None:
+        recipe = parse(TEXT.replace("sweeps = 10", "swoops = -1"))
+        assert recipe.options == (MethodRecipe("cp", swoops=-1),)
+        with pytest.raises(UsageError, match=r"^cp has no setting 'swoops'$") as caught:
+            methods_of(recipe)
+        assert caught.value.hint == "it has sweeps, tolerance, ridge, start"
 
     def test_settings_are_those_that_are_given(self) -> None:
         given = {"sweeps": 0, "ridge": 1e-5, "start": "uniform"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -16,9 +17,12 @@ from torch import nn
 from tdkit.compression.scoring import prepare
 from tdkit.decompositions.base import count, layer_stages
 from tdkit.decompositions.cp import Cp
+from tdkit.decompositions.settings import create
 from tdkit.decompositions.svd import Svd
 from tdkit.errors import UnsupportedError, UsageError
 from tdkit.hookspecs import DecompositionRecord
+from tdkit.layers.evidence import Evidence
+from tdkit.layers.weights import ModuleWeights
 from tdkit.registry import load_registry
 from tdkit.study.opening import make_workspace
 from tdkit.study.recipe import (
@@ -75,9 +79,9 @@ class TestPlan:
             spec = layers[t.layer].spec
             assert t.rank == workspace.methods[t.method].rank(spec.per_group(), t.keep)
         for t in planned(rank_rule="best", keeps=(0.5,)):
-            layer = layers[t.layer]
-            module = workspace.model.get_submodule(t.layer)
-            prepared = prepare(layer, module, t.method, workspace.methods[t.method], RECIPE.seed)
+            layer, weights = layers[t.layer], ModuleWeights(workspace.model)
+            method, evidence = workspace.methods[t.method], Evidence(RECIPE.seed)
+            prepared = prepare(layer, weights, t.method, method, evidence)
             assert t.rank == prepared.rank(0.5, "best")
 
     def test_after_fine_tuning_every_method_has_its_runs(self) -> None:
@@ -289,9 +293,34 @@ class TestSettings:
             sweeps = 3
 
         option = MethodRecipe("mine", sweeps=4, start="uniform")
-        with pytest.raises(UsageError, match=r"^mine does not take the settings sweeps = 4, ") as e:
+        with pytest.raises(UsageError, match=r"^mine has no setting 'start'$") as e:
             self.methods(Plugin, option)
-        assert "start = 'uniform': " in str(e.value)
+        assert e.value.hint == "it has none"
+
+    @pytest.mark.parametrize(
+        ("settings", "says"),
+        [
+            ({"sweeps": -1}, "the setting sweeps must be at least 0, not -1"),
+            ({"ridge": -1}, "the setting ridge must be at least 0, not -1"),
+            ({"ridge": float("nan")}, "the setting ridge must be at least 0, not nan"),
+            ({"tolerance": -1e-3}, "the setting tolerance must be at least 0, not -0.001"),
+            ({"start": "zero"}, "unknown start 'zero'"),
+            ({"swoops": 1}, "cp has no setting 'swoops'"),
+            ({"sweeps": "many"}, "the setting sweeps of cp is a whole number, not 'many'"),
+            ({"sweeps": 2.5}, "the setting sweeps of cp is a whole number, not 2.5"),
+            ({"tolerance": True}, "the setting tolerance of cp is a number, not True"),
+            ({"start": 1}, "the setting start of cp is a text, not 1"),
+        ],
+    )
+    def test_what_a_constructor_refuses_is_refused_when_the_study_is_opened(
+        self, settings, says
+    ) -> None:
+        with pytest.raises(UsageError, match=f"^{re.escape(says)}$"):
+            self.methods(Svd, MethodRecipe("cp", **settings))
+
+    def test_settings_of_a_method_that_is_not_among_those_of_the_study_are_refused(self) -> None:
+        with pytest.raises(UsageError, match="tt"):
+            self.methods(Svd, MethodRecipe("tt", sweeps=1))
 
     def test_a_broken_create_is_not_blamed_on_settings(self) -> None:
         with pytest.raises(TypeError, match="missing 1 required positional argument"):
@@ -338,15 +367,37 @@ class TestIdentity:
                 {"features": ImagesRecipe("test", 20)},
                 "recipe.features.split: train → test",
             ),
-            (
-                {"options": (MethodRecipe("cp", sweeps=9),)},
-                "recipe.options: (method cp, start uniform) → (method cp, sweeps 9)",
-            ),
         ],
     )
     def test_every_other_value_is_a_difference_that_is_shown(self, workspace, change, line) -> None:
         other = replace(workspace, recipe=replace(RECIPE, **change))
         assert differences(identity(workspace), identity(other)) == [line]
+
+    def test_settings_count_by_what_they_make_of_a_method(self, workspace) -> None:
+        def found(*options: MethodRecipe):
+            return identity(tiny_study.workspace(replace(RECIPE, options=options)))
+
+        uniform = MethodRecipe("cp", start="uniform")
+        assert found(uniform) == identity(workspace)
+        assert found(MethodRecipe("cp", sweeps=5)) == found()
+        assert differences(found(uniform), found(MethodRecipe("cp", sweeps=9))) == [
+            "methods.cp.start: uniform → orthogonal",
+            "methods.cp.sweeps: 5 → 9",
+            "methods.cp.random: True → False",
+        ]
+
+    def test_settings_count_that_a_method_keeps_to_itself(self, workspace) -> None:
+        class Quiet(Svd):
+            def __init__(self, rounds: int = 1) -> None:
+                self._rounds = rounds
+
+        record = DecompositionRecord("mine", "", Quiet)
+
+        def found(**settings):
+            return identity(replace(workspace, methods={"mine": create(record, settings)}))
+
+        assert found()["methods"]["mine"] == {}
+        assert differences(found(rounds=2), found(rounds=3)) == ["methods.mine.rounds: 2 → 3"]
 
     def test_settings_of_methods_count_that_no_recipe_names(self, workspace) -> None:
         class Plugin(Svd):
