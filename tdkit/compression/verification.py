@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -123,19 +124,20 @@ class _Comparison:
     def __init__(
         self, model: nn.Module, inputs: Inputs, stages: Mapping[Layer, Sequence[Stage]]
     ) -> None:
-        self.model, self.inputs, self.stages = model, inputs.two_samples(), stages
-        plain = _outputs(model, self.inputs)
+        # A copy of what it keeps in plain attributes: those would come out of this in float64.
+        self.model, self.inputs, self.stages = shared_copy(model), inputs.two_samples(), stages
+        plain = _outputs(self.model, self.inputs)
         if isinstance(plain, str):
             # It may take no other batch than the one it was shown.
             self.inputs = inputs
-            again = _outputs(model, inputs)
+            again = _outputs(self.model, inputs)
             if isinstance(again, str):
                 raise UnsupportedError(
                     f"the model cannot be verified on a batch of samples: {plain}", _BLIND
                 )
             plain = again
         _refuse_broken(model, self.inputs, plain)
-        wide = _outputs(model, self.inputs, wide=True)
+        wide = _outputs(self.model, self.inputs, wide=True)
         # A model that insists on its own precision, or works on views of its own tensors.
         self.wide = _gap(plain, wide, max(_SAME_MODEL, _tolerance(plain))) is None
         if not self.wide and _overflows(plain):
@@ -185,7 +187,7 @@ class _Wide(TorchFunctionMode):
     """Compute in float64, whatever precision the weights are kept in.
 
     An operation gets float64 copies of its arguments, one weight at a time, and its results are
-    float64; what is changed in place is changed in its own precision.
+    float64; what is changed in place, or is a view of something, is left in its own precision.
     """
 
     def __torch_function__(
@@ -201,17 +203,16 @@ class _Wide(TorchFunctionMode):
             found = func(*args, **options)
             floats = isinstance(found, torch.dtype) and found.is_floating_point
             return torch.float64 if floats else found
-        if name in _METADATA:
+        if name in _METADATA or name in _VIEWS:
             return func(*args, **options)
         if func in _LOOKUPS:
             # A table is looked up, not computed with: its rows are widened, not the whole.
             return _widened(func(*args, **options))
-        out = options.pop("out", None)
-        options = _widened(options)
-        if out is not None:
-            return func(*_widened(args), **options, out=out)
+        if isinstance(out := options.pop("out", None), Tensor):
+            return func(*_like(args, out), **_like(options, out), out=out)
         if _is_in_place(name):
-            return func(*args[:1], *_widened(args[1:]), **options)
+            return func(*args[:1], *_like(args[1:], args[0]), **_like(options, args[0]))
+        options = _widened(options) if out is None else {**_widened(options), "out": out}
         return _widened(func(*_widened(args), **options))
 
 
@@ -222,17 +223,38 @@ _METADATA = frozenset(
     | {"untyped_storage", "__len__", "__hash__", "__repr__"}
 )
 
+# What gives views, which models write through: a copy would not be seen by whoever else has one.
+_VIEWS = frozenset(
+    {"__getitem__", "view", "view_as", "expand", "expand_as", "narrow", "select", "unbind"}
+    | {"chunk", "split", "tensor_split", "unflatten", "transpose", "permute", "movedim", "swapaxes"}
+    | {"t", "squeeze", "unsqueeze", "detach", "diagonal", "as_strided", "unfold", "flatten"}
+    | {"reshape"}
+)
+
 _LOOKUPS = (functional.embedding, functional.embedding_bag, torch.embedding)
 
 
 def _is_in_place(name: str) -> bool:
     if name.startswith("__"):
-        return name == "__setitem__" or (name.startswith("__i") and name != "__invert__")
+        return name in ("__setitem__", "__set__") or (
+            name.startswith("__i") and name != "__invert__"
+        )
     return name.endswith("_")
 
 
 def _widened(value: Any) -> Any:
     return pytree.tree_map(_wide_tensor, value)
+
+
+def _like(value: Any, target: Any) -> Any:
+    """With floats in the precision of what they are written to: many operations demand that."""
+    if not isinstance(target, Tensor) or not target.is_floating_point():
+        return _widened(value)
+    return pytree.tree_map(partial(_cast, dtype=target.dtype), value)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _wide_tensor(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection
 from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,17 +61,7 @@ def own_copy(model: nn.Module) -> nn.Module:
     """
     plain = plain_module(model)
     refuse_uncopyable(plain)
-    try:
-        return copy.deepcopy(plain)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # a module may hold anything
-        where = f", probably because of {culprit}" if (culprit := _uncopyable(plain)) else ""
-        raise UnsupportedError(
-            f"the model cannot be copied{where}: {first_line(error)}",
-            "remove weight_norm, pruning and the like, sparse weights, and tensors kept from a"
-            " forward pass, first",
-        ) from error
+    return _copied(plain, {})
 
 
 def shared_copy(model: nn.Module, own: Collection[Tensor] = ()) -> nn.Module:
@@ -81,10 +72,27 @@ def shared_copy(model: nn.Module, own: Collection[Tensor] = ()) -> nn.Module:
     Args:
         model: A plain model, which stays as it is.
         own: Parameters or buffers of any shape that the copy has for itself.
+
+    Raises:
+        UnsupportedError: If the model cannot be copied.
     """
     apart = {id(tensor) for tensor in own}
     tensors = (*model.parameters(), *model.buffers())
-    return copy.deepcopy(model, {id(t): t for t in tensors if id(t) not in apart})
+    return _copied(model, {id(t): t for t in tensors if id(t) not in apart})
+
+
+def _copied(plain: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    try:
+        return copy.deepcopy(plain, memo)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a module may hold anything
+        where = f", probably because of {culprit}" if (culprit := _uncopyable(plain)) else ""
+        raise UnsupportedError(
+            f"the model cannot be copied{where}: {first_line(error)}",
+            "remove weight_norm, pruning and the like, sparse weights, and tensors kept from a"
+            " forward pass, first",
+        ) from error
 
 
 def _refuse_part(name: str, module: nn.Module) -> None:

@@ -161,7 +161,7 @@ def _check_module(
     module = factorized_module(prepared.stages(rank), prepared.factors(rank), bias, dtype)
     dense = spec.build(dtype=dtype)
     dense.load_state_dict({**layer.state_dict(), "weight": prepared.reconstruct(rank)})
-    inputs = _inputs(spec).to(dtype)
+    inputs = drawn_inputs(spec).to(dtype)
     with torch.no_grad():
         want, have = dense(inputs), module(inputs)
     assert want.shape == have.shape, "law 1: the factorized module's output has another shape"
@@ -214,7 +214,8 @@ def _check_seed(weight: Tensor, found: Prepared, rank: Any) -> None:
     assert same, "law 7: the same seed gave another result"
 
 
-def _inputs(spec: LayerSpec) -> Tensor:
+def drawn_inputs(spec: LayerSpec) -> Tensor:
+    """A batch of float64 inputs that a small layer takes, (batch, ...)."""
     generator = torch.Generator().manual_seed(0)
     if spec.kind == "Linear":
         leading = [2, 3, 4][: spec.leading]
@@ -224,7 +225,7 @@ def _inputs(spec: LayerSpec) -> Tensor:
 
 
 def counted_macs(module: nn.Module, inputs: Tensor) -> int:
-    """Multiply-accumulates of a module's call, by torch's own counter."""
+    """Multiply-accumulates of a call with inputs (batch, ...), by torch's own counter."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
