@@ -10,7 +10,7 @@ from typing import Any
 
 from tdkit import arguments
 from tdkit.api import options
-from tdkit.api.compress import Settings, trace
+from tdkit.api.compress import REPLACING, Settings, trace
 from tdkit.api.compression import Compression, Ending, finish
 from tdkit.api.files import plan_title
 from tdkit.api.subject import Given, Model, open_subject
@@ -51,6 +51,7 @@ def apply(
     inplace: bool = False,
     progress: Progress | bool = False,
     say: Callable[[str], None] = lambda text: None,
+    note: Callable[[str], None] | None = None,
 ) -> Compression:
     """Apply a plan to a dense model.
 
@@ -83,6 +84,7 @@ def apply(
         inplace: Change the module itself.
         progress: A callback, or True for a bar.
         say: Called with each line of a fine-tuning.
+        note: Called with what the user should know of it beforehand.
 
     Returns:
         The compressed model. Layers that break it when replaced stay dense, and ``put_back`` says
@@ -120,7 +122,7 @@ def apply(
     with listening(progress) as update:
         traced = trace(subject, (), False, inplace, measure)
         before = state_bytes(traced.model)
-        update("replacing, verifying, calibrating", 0, 0)
+        update(REPLACING, 0, 0)
         result = apply_plan(
             traced,
             replace(wanted, calibration=how),
@@ -128,7 +130,7 @@ def apply(
             batches=subject.features(samples),
             calibration=subject.calibration(how, samples),
         )
-        update("replacing, verifying, calibrating", 1, 1)
+        update(REPLACING, 1, 1)
         if result.put_back and not result.plan.moves:
             name, reason = next(iter(result.put_back.items()))
             raise UnsupportedError(
@@ -137,7 +139,7 @@ def apply(
             )
         now = replace(result.plan, settings=_settings(methods), versions=versions)
         result = replace(result, plan=now)
-        done = finish(subject, traced, result, prepared, before, start, update, say)
+        done = finish(subject, traced, result, prepared, before, start, update, say, note)
     return replace(done, notes=(*done.notes, *differences(wanted, methods, versions)))
 
 

@@ -14,6 +14,7 @@ from tdkit.api.subject import Given, Model, Subject, open_subject
 from tdkit.compression.compress import Goal, compress_model
 from tdkit.compression.report import state_bytes
 from tdkit.compression.scoring import COMPRESSION_KEEPS, Grid
+from tdkit.costs.base import CALLS, unknown_cost
 from tdkit.forward.copying import refuse_uncopyable, shared_copy
 from tdkit.layers.traced import TracedModel
 from tdkit.layers.weights import ModuleWeights
@@ -66,6 +67,7 @@ def compress(
     inplace: bool = False,
     progress: Progress | bool = False,
     say: Callable[[str], None] = lambda text: None,
+    note: Callable[[str], None] | None = None,
 ) -> Compression:
     """Compress a trained model to a budget.
 
@@ -122,6 +124,8 @@ def compress(
             and the largest layer's own work; nothing is timed.
         progress: A callback, or True for a bar.
         say: Called with each line on the progress of a fine-tuning.
+        note: Called before a fine-tuning with what the user should know of it; it is in ``notes``
+            if None.
 
     Returns:
         The compressed model with its plan and report. Layers that break the model when replaced
@@ -162,6 +166,8 @@ def compress(
         seed,
     )
     subject = open_subject(model, registry, given)
+    if CALLS in goal.cost.needs and not subject.runs:
+        raise unknown_cost(goal.cost)
     prepared = ending.prepare(subject, f"{subject.opened.name}-{goal.budget:g}", [model])
     how = subject.settle(calibration)
     patterns = arguments.names(layers, "layers")
@@ -175,9 +181,20 @@ def compress(
             chooser.create(),
             batches=subject.features(samples),
             calibration=subject.calibration(how, samples),
-            progress=lambda done, total: update("scoring", done, total),
+            progress=lambda done, total: _update(update, done, total),
         )
-        return finish(subject, traced, result, prepared, before, start, update, say)
+        update(REPLACING, 1, 1)
+        return finish(subject, traced, result, prepared, before, start, update, say, note)
+
+
+REPLACING = "replacing, verifying, calibrating"
+"""What follows the scores, and is not counted."""
+
+
+def _update(progress: Progress, done: int, total: int) -> None:
+    progress("scoring", done, total)
+    if done == total:
+        progress(REPLACING, 0, 0)
 
 
 def trace(

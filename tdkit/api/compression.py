@@ -235,6 +235,7 @@ def finish(
     start: float,
     progress: Progress,
     say: Callable[[str], None],
+    note: Callable[[str], None] | None,
 ) -> Compression:
     """Fine-tune a compressed model if asked to, write it, and measure it.
 
@@ -249,11 +250,11 @@ def finish(
         start: When the job started, in seconds.
         progress: Called with the progress.
         say: Called with each line of a fine-tuning.
+        note: Called beforehand with what the user should know of it; it is in the notes if None.
     """
     ending, tuned, notes = prepared.ending, None, list(_notes(subject, traced, result))
     if prepared.tuning is not None:
-        tuned = prepared.tuning.run(result.model, progress, say)
-        notes += tuned.notes
+        tuned = prepared.tuning.run(result.model, progress, say, note or notes.append)
     compression = Compression(
         model=result.model,
         plan=result.plan,

@@ -104,7 +104,7 @@ def finetune(
     force: bool = False,
     progress: Progress | bool = False,
     say: Callable[[str], None] = lambda text: None,
-    note: Callable[[str], None] = lambda text: None,
+    note: Callable[[str], None] | None = None,
 ) -> Finetuned:
     """Train all layers further, and keep the weights that validate best.
 
@@ -134,7 +134,7 @@ def finetune(
         force: Replace an existing file.
         progress: A callback, or True for a bar.
         say: Called with the line of every epoch.
-        note: Called beforehand with what the user should know.
+        note: Called beforehand with what the user should know; it is in ``notes`` if None.
 
     Raises:
         UsageError: If images or labels are missing, or an option is wrong.
@@ -181,7 +181,8 @@ def finetune(
     )
     own = subject.model if subject.owned else own_copy(subject.model)
     with listening(progress) as update:
-        tuned = tuning.run(own, update, say, note)
+        notes = list(subject.opened.notes)
+        tuned = tuning.run(own, update, say, note or notes.append)
         after = tuning.accuracy(own, update)
     if destination is not None:
         plan, training = subject.opened.loaded.plan, tuned.training
@@ -193,7 +194,7 @@ def finetune(
         seed=seed,
         seconds=time.perf_counter() - start,
         written=destination,
-        notes=subject.opened.notes,
+        notes=tuple(notes),
     )
 
 

@@ -62,6 +62,11 @@ class Subject:
         """The plain model."""
         return self.opened.model
 
+    @property
+    def runs(self) -> bool:
+        """Whether anything tells what the model takes."""
+        return self.example is not None or self.opened.shape is not None or bool(self.batches)
+
     def inputs(self, batch: int = 2) -> Any:
         """Arguments of a forward pass from whatever tells them; None where nothing does."""
         if self.example is not None:

@@ -126,13 +126,16 @@ def validate(
     named = NamedStudy(wanted, _name_of_data(wanted, data), source, root, adaptation)
     objects = _is_object(model) or _is_object(data)
     study = ObjectStudy.of(named, model or wanted.model, data or wanted.data) if objects else named
-    with TemporaryDirectory() as nowhere:
+    with TemporaryDirectory() as nowhere, listening(progress) as update:
         folder = _folder(run, asked.folder, nowhere)
         results, workspace = _run(
-            study, folder, pool, fresh, retry_failed, model is None, progress, note
+            study, folder, pool, fresh, retry_failed, model is None, update, note
         )
         kept = None if run is None else folder
-        return conclude(results, workspace.recipe, kept, write=report and kept is not None)
+        update("drawing conclusions", 0, 0)
+        concluded = conclude(results, workspace.recipe, kept, write=report and kept is not None)
+        update("drawing conclusions", 1, 1)
+    return concluded
 
 
 @dataclass(frozen=True)
@@ -206,8 +209,11 @@ def _title(model: Any) -> str:
 
 
 def _name_of_data(recipe: StudyRecipe, data: Any) -> Any:
-    if data is None or isinstance(data, str | Path):
+    if data is None:
         return recipe.data
+    if isinstance(data, str | Path):
+        # A record, unlike a file, does not take it over.
+        return str(data)
     from tdkit.datasets.base import Dataset
 
     return recipe.data if isinstance(data, Dataset) else data
@@ -283,7 +289,7 @@ def _run(
     fresh: bool,
     retry_failed: bool,
     made: bool,
-    progress: Progress | bool,
+    update: Progress,
     note: Callable[[str], None],
 ) -> tuple[Results, Workspace]:
     """Open the study, and measure what its run folder lacks."""
@@ -292,27 +298,26 @@ def _run(
     from tdkit.study.store import Store, set_aside
     from tdkit.study.trials import identity, plan_trials
 
-    with listening(progress) as update:
-        update("opening the model and the data", 0, 0)
-        if isinstance(study, NamedStudy):
-            from tdkit.registry import load_registry
+    update("opening the model and the data", 0, 0)
+    if isinstance(study, NamedStudy):
+        from tdkit.registry import load_registry
 
-            with _told_how_to_make(study.recipe.model, made):
-                workspace, loaded = study.open(load_registry())
-            notes = (*loaded.notes, *workspace.dataset.notes)
-        else:
-            workspace = study()
-            notes = workspace.dataset.notes
-        asked, plan = identity(workspace), plan_trials(workspace)
-        update("opening the model and the data", 1, 1)
-        for text in notes:
-            note(text)
-        moved = set_aside(folder) if fresh else None
-        if moved is not None:
-            note(f"the old run is now in {moved}")
-        text = to_toml(workspace.recipe)
-        with Store(folder, identity=asked, recipe=text, plan=plan) as store:
-            results = _measure(workspace, store, pool, study, retry_failed, update, note)
+        with _told_how_to_make(study.recipe.model, made):
+            workspace, loaded = study.open(load_registry())
+        notes = (*loaded.notes, *workspace.dataset.notes)
+    else:
+        workspace = study()
+        notes = workspace.dataset.notes
+    asked, plan = identity(workspace), plan_trials(workspace)
+    update("opening the model and the data", 1, 1)
+    for text in notes:
+        note(text)
+    moved = set_aside(folder) if fresh else None
+    if moved is not None:
+        note(f"the old run is now in {moved}")
+    text = to_toml(workspace.recipe)
+    with Store(folder, identity=asked, recipe=text, plan=plan) as store:
+        results = _measure(workspace, store, pool, study, retry_failed, update, note)
     failed = [m for m in results.measurements if m.failure is not None]
     if results.measurements and len(failed) == len(results.measurements):
         again = option("retry_failed", True)

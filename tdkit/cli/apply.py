@@ -42,7 +42,7 @@ def apply(
     Example: `tdkit apply plan.json garipov -o small.pt`
     """
     import tdkit
-    from tdkit.cli.display import remark, say
+    from tdkit.cli.display import note, remark, say
     from tdkit.cli.parsing import parse_settings
     from tdkit.cli.stopping import resumable
     from tdkit.cli.telling import tell_compression, tell_unused_plugins
@@ -73,5 +73,6 @@ def apply(
             batch_size=batch_size,
             progress=True,
             say=remark if json else say,
+            note=note,
         )
     tell_compression(result, json=json)

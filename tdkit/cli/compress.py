@@ -62,7 +62,7 @@ def compress(
     Example: `tdkit compress model.pt --budget 0.5 --input-shape 3,224,224 -o small.pt`
     """
     import tdkit
-    from tdkit.cli.display import remark, say, stdout
+    from tdkit.cli.display import note, remark, say, stdout
     from tdkit.cli.parsing import (
         file_json,
         parse_fraction,
@@ -109,6 +109,7 @@ def compress(
             batch_size=batch_size,
             progress=True,
             say=remark if json else say,
+            note=note,
         )
     if dry_run:
         stdout().out(file_json(result.plan.to_json()), end="")

@@ -242,8 +242,12 @@ def fit(
 
     def step(number: int, done: int, steps: int) -> None:
         progress(f"epoch {number}/{recipe.epochs}", done, steps)
+        if done == steps:
+            progress(f"epoch {number}/{recipe.epochs}, validating", 0, 0)
 
     def epoch(line: Epoch, state: TrainingState) -> None:
+        if line.number:
+            progress(f"epoch {line.number}/{recipe.epochs}, validating", 1, 1)
         seconds = [each["seconds"] for each in state["history"] if each["number"]]
         say(epoch_line(line, recipe.epochs, seconds))
         if resume is not None:
