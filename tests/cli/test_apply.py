@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from tdkit.cli.finish import plan_title
+from tdkit.api.files import plan_title
 
 SHAPE = ("--input-shape", "1,12,12", "--batch-size", "1")
 
@@ -155,7 +155,7 @@ def work(*args: object, **options: object) -> None:
 def test_an_output_that_exists_is_told_before_the_work(tdkit, toy, tmp_path, monkeypatch) -> None:
     (tmp_path / "plan.json").write_text(plan_of(("4", "svd", 3)))
     (tmp_path / "small.pt").write_text("mine")
-    monkeypatch.setattr("tdkit.compression.compress.apply_plan", work)
+    monkeypatch.setattr("tdkit.api.apply.apply_plan", work)
     done = tdkit("apply", "plan.json", "toy.pt", "-o", "small.pt", *SHAPE)
     assert done.status == 6
     assert "small.pt exists" in done.stderr

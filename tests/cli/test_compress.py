@@ -129,9 +129,7 @@ def test_without_a_shape_it_says_what_is_missing(tdkit, toy) -> None:
     assert done.status == 0
     assert "MACs" not in done.stdout
     assert "latency" not in done.stdout
-    assert done.stderr == (
-        "note: not verified or timed: that takes --input-shape, such as 3,224,224\n"
-    )
+    assert done.stderr == ("note: not verified or timed: that takes --input-shape 3,224,224\n")
 
 
 ODD_FACTORY = """
@@ -192,7 +190,7 @@ def test_it_says_what_batchnorm_is_calibrated_on(tdkit, tmp_path) -> None:
     assert told(*SHAPE) == ("noise", "BatchNorm is calibrated on noise")
     data = ("--data", "toy-data")
     assert told(*data) == ("data", "BatchNorm is calibrated on training images")
-    assert told(*data, "--calibrate", "none") == ("none", "no BatchNorm is calibrated")
+    assert told(*data, "--calibration", "none") == ("none", "no BatchNorm is calibrated")
     assert told() == ("none", "no BatchNorm is calibrated")
 
 
@@ -353,12 +351,12 @@ def test_names_are_taken_with_underscores_and_capitals(tdkit, toy) -> None:
         (("toy.pt", "--cost", "macs"), 2, "--input-shape"),
         (("toy.pt", "--format", "onnx"), 2, "--input-shape"),
         (("toy.pt", "--metric", "relative-features"), 2, "--data"),
-        (("toy.pt", "--calibrate", "data"), 2, "--data"),
-        (("toy.pt", "--calibrate", "magic"), 2, "--calibrate is auto, none, noise, data"),
+        (("toy.pt", "--calibration", "data"), 2, "--data"),
+        (("toy.pt", "--calibration", "magic"), 2, "unknown calibration 'magic'"),
         (("toy.pt", "--methods", ","), 2, "--methods"),
         (("toy.pt", "--keeps", "0.5,2"), 2, "--keeps '2'"),
         (("toy.pt", "--keeps", ""), 2, "--keeps"),
-        (("toy.pt", "--input-shape", "12x"), 2, "--input-shape '12x'"),
+        (("toy.pt", "--input-shape", "12x"), 2, "--input-shape 12x is not a shape"),
         (("toy.pt", "--input-shape", "3,12,12"), 5, "(1, 3, 12, 12)"),
         (("toy.pt", "--data", "image-folder"), 2, "image-folder:PATH"),
         (("toy.pt", "--data", "fashion-mnist:here"), 2, "--data-root"),
@@ -401,17 +399,17 @@ def test_what_can_be_told_before_the_work_is(
 
     (tmp_path / "there.pt").write_text("mine")
     (tmp_path / "other.pt.plan.json").write_text("mine")
-    monkeypatch.setattr("tdkit.compression.compress.compress_model", work)
+    monkeypatch.setattr("tdkit.api.compress.compress_model", work)
     assert tdkit("compress", "toy.pt", *arguments, *FAST).status == status
 
 
 def test_a_file_that_another_run_wrote_meanwhile_is_kept(tdkit, toy, tmp_path, monkeypatch) -> None:
-    def compress(*args: Any, **options: Any) -> compress_module.Compression:
+    def compress(*args: Any, **options: Any) -> compress_module.Compressed:
         (tmp_path / "small.pt").write_text("the other run's")
         return really_compress(*args, **options)
 
     really_compress = compress_module.compress_model
-    monkeypatch.setattr("tdkit.compression.compress.compress_model", compress)
+    monkeypatch.setattr("tdkit.api.compress.compress_model", compress)
     done = tdkit("compress", "toy.pt", "-o", "small.pt", *FAST)
     assert done.status == 6
     assert "small.pt exists" in done.stderr
@@ -525,11 +523,13 @@ def test_layers_and_ends_are_chosen(tdkit, toy) -> None:
 def test_compression_is_the_librarys(tdkit, toy, images, tmp_path) -> None:
     options = ("--methods", "cp,tucker", "--seed", "3", "--keeps", "0.6,0.4", *SHAPE)
     assert tdkit("compress", "toy.pt", "-o", "small.pt", *options).status == 0
-    small, plan = library.compress(
+    done = library.compress(
         toy, 0.5, methods=["cp", "tucker"], seed=3, keeps=(0.6, 0.4), input_shape=(1, 12, 12)
     )
-    assert plan.moves
-    assert torch.equal(read(tmp_path / "small.pt")(images), small(images))
+    assert done.plan.moves
+    assert torch.equal(read(tmp_path / "small.pt")(images), done.model(images))
+    saved = json.loads((tmp_path / "small.pt.plan.json").read_text())
+    assert saved == json.loads(json.dumps(done.plan.to_json()))
 
 
 def test_a_method_of_an_installed_plugin_needs_no_change_in_tdkit(tdkit, toy, tmp_path) -> None:
@@ -674,6 +674,7 @@ def test_progress_is_for_terminals_and_never_in_the_results(tdkit, toy, monkeypa
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     done = tdkit("compress", "toy.pt", *SHAPE, "--json", "-o", "lively.pt", *FAST)
     assert "scoring" in done.stderr
+    assert "replacing, verifying, calibrating" in done.stderr
     assert "measuring" in done.stderr
     assert json.loads(done.stdout)["output"] == "lively.pt"
 
@@ -682,7 +683,7 @@ TUNING = ("--data", "toy-data", "--finetune", "2", "--learning-rate", "0.05")
 
 
 @pytest.mark.usefixtures("toy_plugin")
-@pytest.mark.parametrize("extra", [(), ("--calibrate", "none")])
+@pytest.mark.parametrize("extra", [(), ("--calibration", "none")])
 def test_fine_tuning_follows_replacing_and_is_measured(tdkit, tmp_path, extra) -> None:
     net = nn.Sequential(
         nn.Conv2d(1, 8, 3), nn.Conv2d(8, 12, 3), nn.BatchNorm2d(12), nn.ReLU(),
@@ -705,6 +706,9 @@ def test_fine_tuning_follows_replacing_and_is_measured(tdkit, tmp_path, extra) -
     assert report["params_after"] == parameters(small) == parameters(compressed)
     assert report["moves"]
     assert "epoch   2/2" in done.stderr
+    rate = "note: learning rate 0.05, as asked for\n"
+    assert done.stderr.count(rate) == 1
+    assert done.stderr.index(rate) < done.stderr.index("epoch   1/2")
     # The same as fine-tuning what compress writes without it.
     same = ("--data", "toy-data", "--epochs", "2", "--learning-rate", "0.05", "-o", "two-steps.pt")
     assert tdkit("finetune", "plain.pt", *same).status == 0
@@ -735,8 +739,8 @@ def test_fine_tuning_is_told_and_its_weights_are_those_that_load(tdkit, images, 
         (("--finetune", "2", "--data", "image-folder:plain"), 2, "has no training images"),
         (("--finetune", "2", "--data", "image-folder:unlabelled"), 2, "training needs labels"),
         (("--finetune", "0", "--data", "toy-data"), 2, "--finetune"),
-        (("--learning-rate", "0.1", "--data", "toy-data"), 2, "--finetune EPOCHS"),
-        (("--resume", "state.pt", "--data", "toy-data"), 2, "--finetune EPOCHS"),
+        (("--learning-rate", "0.1", "--data", "toy-data"), 2, "--finetune 1"),
+        (("--resume", "state.pt", "--data", "toy-data"), 2, "--finetune 1"),
         ((*TUNING, "--resume", "toy.pt"), 6, "toy.pt is the input itself"),
     ],
 )
@@ -749,7 +753,7 @@ def test_a_fine_tuning_that_cannot_be_done_is_told_before_the_work(
     for place in ("plain", "unlabelled/train", "unlabelled/val"):
         (tmp_path / place).mkdir(parents=True)
         to_pil_image(torch.zeros(3, 12, 12)).save(tmp_path / place / "1.png")
-    monkeypatch.setattr("tdkit.compression.compress.compress_model", work)
+    monkeypatch.setattr("tdkit.api.compress.compress_model", work)
     done = tdkit("compress", "toy.pt", *arguments, "-o", "small.pt", *FAST)
     assert done.status == status
     assert says in done.stderr

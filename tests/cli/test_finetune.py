@@ -7,8 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,11 @@ from torch import nn
 import tdkit as library
 from tdkit.checkpoint import load_model
 from tdkit.checkpoint.writing import save_model
-from tdkit.cli.fitting import _Progress
 from tdkit.datasets.base import Dataset
+from tdkit.progress import listening
 from tdkit.registry import load_registry
 from tdkit.training import loop
+from tdkit.training.finetuning import fit
 from tdkit.training.loop import Epoch, evaluate
 from tdkit.training.recipe import FitRecipe, OptimizerRecipe
 
@@ -130,31 +129,59 @@ def test_a_bar_within_the_epoch_is_for_terminals(tdkit, toy, monkeypatch) -> Non
     assert json.loads(done.stdout)["epochs"] == 2
 
 
+class Bar:
+    """Notes what a bar of rich would be told."""
+
+    def __init__(self, happened: list[str]) -> None:
+        self.happened = happened
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.happened.append("gone")
+
+    def add_task(self, title: str, total: int | None) -> int:
+        self.happened.append(title)
+        return 0
+
+    def update(self, task: int, completed: int, total: int | None) -> None:
+        self.happened.append("waiting" if total is None else f"{completed} of {total}")
+
+
 def test_the_bar_is_gone_when_a_line_comes_and_time_is_that_of_whole_epochs(monkeypatch) -> None:
     happened: list[str] = []
-
-    @contextmanager
-    def bar(title: str, then: str) -> Iterator[Any]:
-        happened.append(title)
-        yield lambda done, steps: happened.append(f"{done} of {steps}")
-        happened.append("gone")
-
-    monkeypatch.setattr("tdkit.cli.display.progress_bar", bar)
-    recipe = FitRecipe(epochs=3, batch_size=2, optimizer=OptimizerRecipe("sgd", 0.1))
     epochs = [Epoch(0, None, 0.5, 0.9, 1.0), Epoch(1, 0.4, 0.5, 0.9, 60.0)]
     state: Any = {"history": [asdict(epoch) for epoch in epochs]}
-    with ExitStack() as bars:
-        progress = _Progress(recipe, None, lambda line: happened.append(line.strip()), bars)
-        progress.epoch(epochs[0], {**state, "history": state["history"][:1]})
-        progress.step(1, 1, 2)
-        progress.step(1, 2, 2)
-        progress.epoch(epochs[1], state)
-        progress.step(2, 1, 2)
+
+    def train(*args: Any, on_step: Any, on_epoch: Any, **options: Any) -> None:
+        on_epoch(epochs[0], {**state, "history": state["history"][:1]})
+        on_step(1, 1, 2)
+        on_step(1, 2, 2)
+        on_epoch(epochs[1], state)
+        on_step(2, 1, 2)
+
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setattr("tdkit.progress._columns", lambda console: Bar(happened))
+    monkeypatch.setattr("tdkit.training.finetuning.train", train)
+    recipe = FitRecipe(epochs=3, batch_size=2, optimizer=OptimizerRecipe("sgd", 0.1))
+    with listening(True) as update:
+        fit(
+            nn.Linear(2, 2),
+            grey_data(),
+            recipe,
+            device=torch.device("cpu"),
+            seed=0,
+            resume=None,
+            progress=update,
+            say=lambda line: happened.append(line.strip()),
+        )
     before, *others = happened
     assert before.split() == ["before", "validation", "90.00", "%"]
     line = "epoch   1/3  loss 0.4000  validation 90.00 %  60 s, 2 min left"
-    first = ["epoch 1/3", "1 of 2", "2 of 2", "gone", line]
-    assert others == [*first, "epoch 2/3", "1 of 2", "gone"]
+    steps = ["epoch 1/3", "1 of 2", "2 of 2", "gone"]
+    validating = ["epoch 1/3, validating", "waiting", "1 of 1", "gone"]
+    assert others == [*steps, *validating, line, "epoch 2/3", "1 of 2", "gone"]
 
 
 def test_weights_that_nothing_improves_are_written_as_they_were(tdkit, toy, tmp_path) -> None:
@@ -269,12 +296,12 @@ EPOCHS = ("--epochs", "5", "--patience", "5", "--resume", "state.pt")
 @pytest.mark.parametrize("last", [0, 1, 4])
 def test_the_same_command_goes_on_after_a_stop(tdkit, toy, tmp_path, monkeypatch, last) -> None:
     whole = tdkit("finetune", "toy.pt", *FAST, "--epochs", "5", "--patience", "5", "-o", "whole.pt")
-    evaluated = iter(range(last + 3))
+    evaluated = iter(range(last + 2))
     real = loop.evaluate
 
     def stopping(*args, **options):
-        # The first one is on the test split, then one per epoch and one before.
-        if next(evaluated) == last + 2:
+        # The training's own: one before, then one per epoch.
+        if next(evaluated) == last + 1:
             os.kill(os.getpid(), signal.SIGINT)
         return real(*args, **options)
 
@@ -310,6 +337,7 @@ KILLED = """
 import os, signal, sys
 from tdkit import cli
 from tdkit.training import loop
+from tdkit.training.finetuning import fit
 
 real, left = loop.evaluate, int(sys.argv.pop(1))
 
@@ -328,7 +356,7 @@ cli.main()
 def test_a_killed_process_loses_one_epoch_at_most(tdkit, toy, grey, tmp_path) -> None:
     paths = [str(grey), str(Path(library.__file__).parents[1])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", KILLED, "4", "finetune", "toy.pt", *FAST, *EPOCHS]
+    command = [sys.executable, "-c", KILLED, "3", "finetune", "toy.pt", *FAST, *EPOCHS]
     killed = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "toy-finetuned.pt").exists()
@@ -377,7 +405,7 @@ def test_the_state_of_another_fine_tuning_is_refused(
         (("toy.pt", *DATA, "--learning-rate", "nan"), 2, "learning_rate must be"),
         (("toy.pt", *DATA, "--learning-rate", "inf"), 2, "learning_rate must be"),
         (("toy.pt", *DATA, "--optimizer", "sdg"), 2, "it is one of sgd, adam, adamw"),
-        (("toy.pt", *DATA, "--autocast", "float16"), 2, "--autocast is none or bfloat16"),
+        (("toy.pt", *DATA, "--autocast", "float16"), 2, "autocast is none or bfloat16"),
         (("toy.pt", *DATA, "--format", "zip"), 2, "unknown format 'zip'"),
         (("toy.pt", *DATA, "-o", "there.pt"), 6, "there.pt exists"),
         (("toy.pt", *DATA, "-o", "toy.pt", "--force"), 6, "toy.pt is the input itself"),
@@ -398,7 +426,7 @@ def test_what_cannot_be_done_is_told_before_the_work(
     (tmp_path / "plain" / "cat").mkdir(parents=True)
     Image.new("L", (12, 12)).save(tmp_path / "plain" / "cat" / "1.png")
     (tmp_path / "there.pt").write_text("mine")
-    monkeypatch.setattr("tdkit.training.loop.train", work)
+    monkeypatch.setattr("tdkit.training.finetuning.train", work)
     before = {path.name for path in tmp_path.iterdir()}
     done = tdkit("finetune", *arguments)
     assert done.status == status

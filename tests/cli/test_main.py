@@ -95,7 +95,7 @@ def test_errors_have_their_status_with_and_without_debug(tdkit, monkeypatch, err
     def fail() -> None:
         raise error
 
-    monkeypatch.setattr("tdkit.registry.load_registry", fail)
+    monkeypatch.setattr("tdkit.api.plugins.load_registry", fail)
     done = tdkit("plugins")
     assert (done.status, done.stdout) == (status, "")
     assert done.stderr == "error: what went wrong\nhint: what to do\n"
@@ -119,7 +119,7 @@ def test_what_nobody_expected_is_one_line_and_status_1(tdkit, monkeypatch, error
     def fail() -> None:
         raise error
 
-    monkeypatch.setattr("tdkit.registry.load_registry", fail)
+    monkeypatch.setattr("tdkit.api.plugins.load_registry", fail)
     done = tdkit("plugins")
     assert done.status == 1
     message, hint = done.stderr.splitlines()

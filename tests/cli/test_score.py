@@ -98,7 +98,7 @@ def work(*args: object, **options: object) -> None:
 
 def test_an_output_that_exists_is_told_before_the_work(tdkit, toy, tmp_path, monkeypatch) -> None:
     (tmp_path / "toy-scores.json").write_text("mine")
-    monkeypatch.setattr("tdkit.compression.scoring.score", work)
+    monkeypatch.setattr("tdkit.api.score.score_candidates", work)
     assert tdkit("score", "toy.pt", *SVD).status == 6
 
 
@@ -106,7 +106,7 @@ def test_an_error_while_scoring_is_not_blamed_on_the_output(tdkit, toy, monkeypa
     def broken(*args: object, **options: object) -> None:
         raise OSError("the data set's disk went away")
 
-    monkeypatch.setattr("tdkit.compression.scoring.score", broken)
+    monkeypatch.setattr("tdkit.api.score.score_candidates", broken)
     done = tdkit("score", "toy.pt", *SVD)
     assert done.status == 1
     assert "the data set's disk went away" in done.stderr

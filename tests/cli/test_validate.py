@@ -240,13 +240,13 @@ def test_channels_come_last_unless_the_model_views_its_features(views) -> None:
 
 
 def test_a_recipe_on_other_data_claims_nothing_about_them() -> None:
-    from tdkit.cli.validate import _study
+    from tdkit.api.validate import _asked
 
     path = str(ROOT / "recipes" / "iclr2023-garipov-fashion-mnist.toml")
-    own = _study(path, None, None)
+    own = _asked(path, None, None)
     assert own.recipe.published
     assert own.recipe.notes
-    other = _study(path, "my/net.pt", "image-folder:photos")
+    other = _asked(path, "my/net.pt", "image-folder:photos")
     assert (other.recipe.published, other.recipe.notes) == ((), ())
     title = "net on image-folder:photos, by the recipe iclr2023-garipov-fashion-mnist"
     assert other.recipe.title == title
@@ -413,7 +413,9 @@ def test_a_setting_that_a_method_does_not_have(tdkit, recipe) -> None:
     recipe.write_text(RECIPE + '\n[[options]]\nmethod = "tucker"\nridge = 1.0\n')
     done = tdkit("validate", "mine.toml")
     assert done.status == 2
-    assert "tucker does not take the settings ridge = 1.0: " in done.stderr
+    message, hint = done.stderr.splitlines()
+    assert message == "error: tucker has no setting 'ridge'"
+    assert hint == "hint: it has sweeps, tolerance"
 
 
 def test_a_full_disk_has_its_status(tdkit, recipe, monkeypatch) -> None:
@@ -440,13 +442,16 @@ def test_the_python_function_gives_the_same(tdkit, recipe, tmp_path) -> None:
     assert model.training
     outcomes = [
         [(m.trial, m.correct, m.errors) for m in results.measurements]
-        for results in (printed, named, kept)
+        for results in (printed, named.results, kept.results)
     ]
     assert outcomes[0] == outcomes[1] == outcomes[2]
-    assert named.identity == printed.identity == kept.identity
-    assert read_results(tmp_path / "named") == named
+    assert named.results.identity == printed.identity == kept.results.identity
+    assert read_results(tmp_path / "named") == named.results
+    assert (named.folder, kept.folder, kept.report) == (tmp_path / "named", None, None)
+    # What the command prints first is what the record prints.
+    assert done.stdout.split()[: len(str(named).split())] == str(named).split()
     study = StudyRecipe(
         title="t", model="-", data="-", methods=("tucker",), keeps=(0.5,), layers=("4",)
     )
     own = library.validate(model, "toy-data", recipe=study, images=9)
-    assert [(m.trial.layer, m.images) for m in own.measurements] == [("4", 9)]
+    assert [(m.trial.layer, m.images) for m in own.results.measurements] == [("4", 9)]
