@@ -30,6 +30,10 @@ class UsageError(TdkitError):
     exit_status = 2
 
 
+class UnlawfulError(UsageError):
+    """A metric, a cost or a planner that breaks what it promises; the message names it."""
+
+
 class UnsafeFileError(TdkitError):
     """A file that would run code, or ask for absurd amounts of memory, when read."""
 

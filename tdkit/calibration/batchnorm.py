@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -85,7 +86,7 @@ def shift_statistics(compressed: nn.Module, before: Statistics, batches: Iterabl
     """The second half of :func:`match_statistics`, when the dense model is no longer at hand.
 
     Args:
-        compressed: Changed in place.
+        compressed: Changed in place; as it was where this raises.
         before: From :func:`norm_statistics` of the dense model on the same batches.
         batches: See :func:`match_statistics`.
 
@@ -97,8 +98,14 @@ def shift_statistics(compressed: nn.Module, before: Statistics, batches: Iterabl
         UnsupportedError: If the model does not run on them, or they are not finite.
     """
     after, norms = norm_statistics(compressed, batches), _norms(compressed)
-    shared = before.keys() & after.keys()
-    return sum(_shift(norms[name], before[name], after[name]) for name in norms if name in shared)
+    shared = [name for name in norms if name in before.keys() & after.keys()]
+    kept = {name: copy.deepcopy(norms[name].state_dict()) for name in shared}
+    try:
+        return sum(_shift(norms[name], before[name], after[name]) for name in shared)
+    except BaseException:
+        for name, state in kept.items():
+            norms[name].load_state_dict(state)
+        raise
 
 
 def has_statistics(model: nn.Module) -> bool:

@@ -31,7 +31,7 @@ from tdkit.compression.scoring import (
 )
 from tdkit.compression.surgery import Surgery
 from tdkit.compression.verification import verify
-from tdkit.costs.base import Change, Cost, is_known, total_cost
+from tdkit.costs.base import Change, Cost, change, is_known, total_cost
 from tdkit.costs.macs import MACS
 from tdkit.costs.params import PARAMS
 from tdkit.decompositions.base import Decomposition, check_rank, unsupported
@@ -373,8 +373,9 @@ def _after(
         return None
     saved = 0
     for layer in replaced:
-        assert layer.spec is not None
-        saved += cost.of([layer.spec], layer) - cost.of(structure[layer.name], layer)
+        changed = change(cost, structure[layer.name], layer)
+        assert changed is not None
+        saved += changed.saving
     return Change(before, before - saved)
 
 

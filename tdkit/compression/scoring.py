@@ -26,7 +26,14 @@ from tdkit.decompositions.base import (
     prepared,
     unsupported,
 )
-from tdkit.errors import TdkitError, UnsupportedError, UsageError, first_line, option
+from tdkit.errors import (
+    TdkitError,
+    UnlawfulError,
+    UnsupportedError,
+    UsageError,
+    first_line,
+    option,
+)
 from tdkit.forward.inputs import Inputs
 from tdkit.layers.evidence import MOMENTS, Evidence, Moments
 from tdkit.layers.inventory import Layer
@@ -110,7 +117,7 @@ def score(
             under one method.
 
     Raises:
-        UsageError: If data are needed and there are none, or a metric breaks its law.
+        UsageError: If data are needed and there are none, or a metric or cost breaks its law.
         UnsupportedError: If a method fails on a layer, or the model on the data.
     """
     needing = [*grid.features, *(m for m in grid.metrics if MOMENTS in m.needs)]
@@ -196,8 +203,8 @@ def blamed(method: str, layer: Layer) -> Iterator[None]:
     """Whatever a method does wrong becomes an error that names it and the layer."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
+    except (MemoryError, torch.OutOfMemoryError, UnlawfulError):
+        raise  # not the method's fault
     except Exception as error:
         what = first_line(error)
         if str(error) and not isinstance(error, TdkitError):
@@ -319,7 +326,7 @@ def candidate_of(
         moments: Of the layer's inputs, (channels,) and (channels, channels), for metrics.
 
     Raises:
-        UsageError: If the rank does not fit the layer, or a metric breaks its law.
+        UsageError: If the rank does not fit the layer, or a metric or cost breaks its law.
     """
     assert layer.spec is not None
     stages = prepared.stages(rank)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
-from tdkit.errors import UsageError, option
+from tdkit.errors import UnlawfulError, UsageError, first_line, option
 from tdkit.layers.inventory import Layer
 from tdkit.layers.stages import Stage
 
@@ -73,10 +75,18 @@ def is_known(cost: Cost, layer: Layer) -> bool:
 
 
 def change(cost: Cost, stages: Sequence[Stage], layer: Layer) -> Change | None:
-    """What replacing a layer by stages changes; None where the cost is unknown."""
+    """What replacing a layer by stages changes; None where the cost is unknown.
+
+    Raises:
+        UnlawfulError: If the cost fails, or is no whole number of at least 0.
+    """
     if layer.spec is None or not is_known(cost, layer):
         return None
-    return Change(cost.of([layer.spec], layer), cost.of(stages, layer))
+    where = f"the layer {layer.name!r}"
+    before, after = (
+        _checked(cost, partial(cost.of, row, layer), where) for row in ([layer.spec], stages)
+    )
+    return Change(before, after)
 
 
 def total_cost(model: nn.Module, layers: Sequence[Layer], cost: Cost) -> int:
@@ -84,10 +94,28 @@ def total_cost(model: nn.Module, layers: Sequence[Layer], cost: Cost) -> int:
 
     Raises:
         UsageError: If the cost depends on how layers are called, and the model has not been run.
+        UnlawfulError: If the cost fails, or is no whole number of at least 0.
     """
     if CALLS in cost.needs and any(layer.calls is None for layer in layers):
         raise unknown_cost(cost)
-    return cost.total(model, layers)
+    return _checked(cost, partial(cost.total, model, layers), "the model")
+
+
+def _checked(cost: Cost, count: Callable[[], int], what: str) -> int:
+    """What a cost counts, of which a planner may take differences and sums."""
+    try:
+        found = count()
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a plugin may fail in any way
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UnlawfulError(f"the cost {cost.name} fails on {what}: {reason}") from error
+    if not isinstance(found, int) or found < 0:
+        raise UnlawfulError(
+            f"the cost {cost.name} of {what} is {found!r}, and a cost is a whole number of at"
+            " least 0"
+        )
+    return found
 
 
 def unknown_cost(cost: Cost) -> UsageError:

@@ -70,7 +70,7 @@ def create(record: DecompositionRecord, settings: Mapping[str, Setting]) -> Deco
         _check(record.name, key, value, known[key].default)
     try:
         made = record.create(**settings)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise UsageError(
             f"{record.name} does not take the settings {_listed(settings)}: {first_line(error)}"
         ) from error

@@ -10,7 +10,7 @@ from typing import Protocol
 import safetensors
 from torch import Tensor, nn
 
-from tdkit.errors import UnreadableFileError, first_line
+from tdkit.errors import UnreadableFileError, UsageError, first_line
 
 
 class Weights(Protocol):
@@ -45,8 +45,15 @@ class StateWeights:
     state: Mapping[str, Tensor]
 
     def weight(self, layer: str) -> Tensor:
-        """The layer's entry, in torch's layout."""
-        return self.state[f"{layer}.weight"]
+        """The layer's entry, in torch's layout.
+
+        Raises:
+            UsageError: If there is none.
+        """
+        found = self.state.get(f"{layer}.weight")
+        if found is None:
+            raise UsageError(f"the state_dict has no weight of the layer {layer!r}")
+        return found
 
     def bias(self, layer: str) -> Tensor | None:
         """The layer's entry (out,), or None."""

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tdkit.errors import UsageError
+from tdkit.errors import UnlawfulError, UsageError
 from tdkit.layers.evidence import Evidence
 
 Penalty = Literal["squares", "itself"]
@@ -107,10 +107,10 @@ class Metric:
         """Hold an error against the law.
 
         Raises:
-            UsageError: If it is negative, infinite or no number; the message names the metric.
+            UnlawfulError: If it is negative, infinite or no number; the message names the metric.
         """
         if not (math.isfinite(error) and error >= 0):
-            raise UsageError(
+            raise UnlawfulError(
                 f"the metric {self.name} gives {error:g}, and an error is finite and at least 0",
                 "larger is worse: of a ratio in dB, for instance, take the inverse as a number",
             )
