@@ -72,7 +72,7 @@ class TestCompress:
         steps: list[tuple[str, int, int]] = []
         tdkit.compress(model, progress=lambda *step: steps.append(step))
         ended = {stage: (done, total) for stage, done, total in steps}
-        assert list(ended) == ["scoring", "measuring"]
+        assert list(ended) == ["scoring", "replacing, verifying, calibrating", "measuring"]
         assert all(done == total > 0 for done, total in ended.values())
         counted = [done for stage, done, _ in steps if stage == "scoring"]
         assert counted == sorted(counted)
@@ -115,10 +115,12 @@ class TestCompress:
                 x = functional.linear(self.stem(x), self.a.weight, self.a.bias)
                 return self.head(self.b(x))
 
-        model = Reads()
-        done = tdkit.compress(model, 0.8, input_shape=(4,))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = Reads()
+        done = tdkit.compress(model, 0.7, input_shape=(4,))
         assert [m.layer for m in done.plan.moves] == ["b"]
-        assert size(done.model) <= 0.8 * size(model)
+        assert size(done.model) <= 0.7 * size(model)
         done.model(torch.zeros(2, 4))
         assert list(done.put_back) == ["a"]
         assert "weight" in done.put_back["a"]
