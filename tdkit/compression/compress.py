@@ -291,9 +291,10 @@ def apply_plan(
                     surgery.replace(layer, factorized[layer].module)
         if broken and all_or_nothing:
             surgery.undo()
+        kept = {layer: f for layer, f in factorized.items() if layer.name not in broken}
+        structure = {layer.name: f.stages for layer, f in kept.items()}
+        found_costs = {c.name: _after(before[c.name], c, kept, structure) for c in costs}
         uncalibrated = statistics.shift(traced.model) if not (broken and all_or_nothing) else None
-    kept = {layer: f for layer, f in factorized.items() if layer.name not in broken}
-    structure = {layer.name: f.stages for layer, f in kept.items()}
     return Compressed(
         model=traced.model,
         plan=_without(replace(plan, moves=tuple(moves.values())), broken),
@@ -302,7 +303,7 @@ def apply_plan(
         errors={layer.name: f.error for layer, f in kept.items()},
         put_back=broken,
         verified=traced.inputs is not None,
-        costs={cost.name: _after(before[cost.name], cost, kept, structure) for cost in costs},
+        costs=found_costs,
         uncalibrated=uncalibrated,
     )
 

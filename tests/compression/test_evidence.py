@@ -1,4 +1,4 @@
-"""What methods and metrics may look at beside the weight, in scoring and where a plan is applied."""
+"""What methods and metrics may look at beside the weight, in scoring and in applying a plan."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -166,7 +166,7 @@ def test_a_method_goes_without_where_there_are_no_data() -> None:
 
 def test_a_metric_that_needs_them_is_refused_without_data() -> None:
     grid = Grid({"svd": Svd()}, [RELATIVE, needing(Sees())], (0.5,))
-    with pytest.raises(UsageError, match="^mine needs data to look at") as caught:
+    with pytest.raises(UsageError, match=r"^mine needs data to look at") as caught:
         score(TracedModel.of(model()), grid)
     assert "data=" in str(caught.value.hint)
 

@@ -98,7 +98,7 @@ def test_one_sample_below_zero_is_seen_among_many() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_an_error_that_is_no_number_is_the_metrics_where_the_methods_is_one(value: float) -> None:
-    with pytest.raises(UnlawfulError, match="the metric odd gives (nan|inf), and an error is"):
+    with pytest.raises(UnlawfulError, match=r"the metric odd gives (nan|inf), and an error is"):
         scored(Metric("odd", "weights", lambda e, n, s: value))
 
 
