@@ -36,8 +36,8 @@ class Inputs:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
         """The same arguments with every tensor, however nested, replaced."""
-        kwargs = {key: map_tensors(value, change) for key, value in self.kwargs.items()}
-        return Inputs(tuple(map_tensors(value, change) for value in self.args), kwargs)
+        args = tuple(map_tensors(value, change) for value in self.args)
+        return Inputs(args, {key: map_tensors(v, change) for key, v in self.kwargs.items()})
 
     @property
     def tensors(self) -> list[Tensor]:
