@@ -130,6 +130,9 @@ class Plan:
             raise UsageError(f'{source}: "seed" is not a whole number: {seed!r}')
         if not isinstance(cost, str):
             raise UsageError(f'{source}: "cost" is not the name of a cost: {cost!r}')
+        for key in ("metric", "planner"):
+            if not isinstance(value.get(key), str | None):
+                raise UsageError(f'{source}: "{key}" is not a name: {value[key]!r}')
         calibration = value.get("calibration", "noise")
         if calibration not in CALIBRATIONS:
             known = ", ".join(CALIBRATIONS)

@@ -36,7 +36,17 @@ def pick(
 
 
 MOVES = (Move("a.b", "svd", 3), Move("c", "tucker", (2, 4)))
-FULL = Plan(MOVES, seed=7, budget=0.25, cost="macs", metric="absolute-weights", planner="greedy")
+FULL = Plan(
+    MOVES,
+    seed=7,
+    budget=0.25,
+    cost="macs",
+    metric="absolute-weights",
+    planner="greedy",
+    calibration="data",
+    settings={"svd": {}, "tucker": {"sweeps": 3, "tolerance": 1e-5, "deep": True, "start": "x"}},
+    versions={"tdkit": "1.2", "tdkit-mine": "unknown"},
+)
 
 
 class TestJson:
@@ -75,6 +85,20 @@ class TestJson:
             ({"budget": "50%"}, '"budget" is not a fraction'),
             ({"budget": 7}, '"budget" is not a fraction'),
             ({"budget": math.nan}, '"budget" is not a fraction'),
+            ({"calibration": "magic"}, '"calibration" is none of none, noise, data'),
+            ({"calibration": ["none"]}, '"calibration" is none of none, noise, data'),
+            ({"settings": None}, '"settings" are not settings of methods'),
+            ({"settings": []}, '"settings" are not settings of methods'),
+            ({"settings": {"cp": 5}}, '"settings" are not settings of methods'),
+            ({"settings": {"cp": {"sweeps": None}}}, '"settings" are not settings of methods'),
+            ({"settings": {"cp": {"sweeps": [1]}}}, '"settings" are not settings of methods'),
+            ({"settings": {"cp": {"sweeps": {}}}}, '"settings" are not settings of methods'),
+            ({"versions": "1.2"}, '"versions" are not versions by name'),
+            ({"versions": {"tdkit": 1.2}}, '"versions" are not versions by name'),
+            ({"versions": None}, '"versions" are not versions by name'),
+            ({"metric": 5}, '"metric" is not a name'),
+            ({"planner": ["greedy"]}, '"planner" is not a name'),
+            ({"cost": None}, '"cost" is not the name of a cost'),
         ],
     )
     def test_what_is_no_plan_is_refused(self, change: dict[str, Any], reason: str) -> None:
