@@ -13,16 +13,17 @@ import argparse
 
 from torch import nn
 
-from tdkit.api import compress
+import tdkit
 from tdkit.calibration.batchnorm import CALIBRATIONS
-from tdkit.cli.common import open_dataset
-from tdkit.compression.compress import apply_plan, own_copy
+from tdkit.compression.compress import apply_plan
 from tdkit.compression.plan import Move, Plan
 from tdkit.datasets.base import Split
 from tdkit.decompositions.base import layer_stages
 from tdkit.decompositions.tucker import Tucker
 from tdkit.layers.counting import model_parameters
-from tdkit.layers.inventory import Layer, find_layers
+from tdkit.layers.inventory import Layer
+from tdkit.layers.traced import TracedModel
+from tdkit.opening import open_dataset
 from tdkit.registry import load_registry
 from tdkit.training.loop import evaluate
 
@@ -47,9 +48,8 @@ def main() -> None:
     for budget in BUDGETS:
         row = [accuracy(uniform_tucker(dense, budget), test)]
         for how in CALIBRATIONS:
-            small, _ = compress(
-                dense, budget, calibration=how, input_shape=record.input_shape, data=images
-            )
+            options = {"input_shape": record.input_shape, "data": images, "measure": False}
+            small = tdkit.compress(dense, budget, calibration=how, **options).model
             row.append(accuracy(small, test))
         cells = " | ".join(f"{value:.2f} %" for value in row)
         print(f"| {budget} | {model_parameters(small):,} | {cells} |", flush=True)
@@ -61,15 +61,15 @@ def accuracy(model: nn.Module, test: Split) -> float:
 
 def uniform_tucker(model: nn.Module, budget: float) -> nn.Module:
     """Every layer at the largest common keep that holds the budget."""
-    dense = own_copy(model)
-    layers = [layer for layer in find_layers(dense) if layer.reason is None]
-    total = model_parameters(dense)
+    traced = TracedModel.of(model)
+    layers = [layer for layer in traced.layers if layer.reason is None]
+    total = model_parameters(model)
     for percent in range(100, 0, -1):
         moves = [Move(layer.name, "tucker", rank(layer, percent / 100)) for layer in layers]
         saved = sum(saving(layer, move) for layer, move in zip(layers, moves, strict=True))
         if total - saved <= budget * total:
             plan = Plan(tuple(moves), calibration="none")
-            return apply_plan(dense, plan, {"tucker": Tucker()}).model
+            return apply_plan(traced, plan, {"tucker": Tucker()}).model
     raise SystemExit(f"uniform ranks cannot reach {budget}")
 
 

@@ -35,7 +35,7 @@ from tdkit.decompositions.cp import Cp
 from tdkit.decompositions.svd import Svd
 from tdkit.decompositions.tt import TensorTrain
 from tdkit.decompositions.tucker import Tucker
-from tdkit.layers.inventory import find_layers
+from tdkit.layers.traced import TracedModel
 from tdkit.metrics.weights import RELATIVE
 
 COMMAND = ("score", "resnet18", "--weights", "none")
@@ -130,8 +130,8 @@ def convolutions(count: int, channels: int) -> nn.Module:
 def scored(
     model: nn.Module, methods: dict[str, Decomposition], keeps: Sequence[float]
 ) -> list[object]:
-    layers = find_layers(model, keep_ends=False)
-    return list(score(model, layers, Grid(methods, [RELATIVE], tuple(keeps))))
+    traced = TracedModel.of(model, keep_ends=False)
+    return list(score(traced, Grid(methods, [RELATIVE], tuple(keeps))))
 
 
 if __name__ == "__main__":

@@ -31,8 +31,11 @@ from tdkit.decompositions.cp import Cp
 from tdkit.decompositions.svd import Svd
 from tdkit.decompositions.tt import TensorTrain
 from tdkit.decompositions.tucker import Tucker
+from tdkit.forward.inputs import Inputs
 from tdkit.layers.counting import model_parameters
+from tdkit.layers.evidence import Evidence
 from tdkit.layers.inventory import Layer, find_layers
+from tdkit.layers.weights import ModuleWeights
 
 BUDGETS = (0.5, 0.25, 0.1)
 KEEPS = (0.5, 0.25, 0.1)
@@ -118,7 +121,8 @@ def contenders_of(
 ) -> list[Contender]:
     found = [Contender("dense", "", copy.deepcopy(dense))]
     for budget in budgets:
-        small, _ = tdkit.compress(dense, budget, methods=methods, input_shape=shape)
+        options = {"methods": methods, "input_shape": shape, "measure": False}
+        small = tdkit.compress(dense, budget, **options).model
         found.append(Contender("tdkit", str(budget), small))
         for implementation in IMPLEMENTATIONS:
             theirs = uniform(dense, parameters(small), implementation)
@@ -184,7 +188,7 @@ def milliseconds(
     for model in models:
         model.to(memory_format=LAYOUTS[layout])
     inputs = noise(shape).to(memory_format=LAYOUTS[layout])
-    return measure_latency(models, [inputs], runs=runs, seconds=limit).milliseconds
+    return measure_latency(models, Inputs((inputs,)), runs=runs, seconds=limit).milliseconds
 
 
 def noise(shape: Sequence[int]) -> Tensor:
@@ -220,9 +224,10 @@ def show_methods(singles: Sequence[Single], runs: int) -> None:
 
 def stand_in(dense: nn.Sequential, name: str, keep: float) -> nn.Module:
     layer = find_layers(dense, keep_ends=False)[0]
-    prepared = prepare(layer, dense[0], name, METHODS[name], seed=0)
+    weights = ModuleWeights(dense)
+    prepared = prepare(layer, weights, name, METHODS[name], Evidence())
     assert prepared is not None
-    return factorize(layer, dense[0], prepared, prepared.rank(keep)).eval()
+    return factorize(layer, weights, prepared, prepared.rank(keep)).eval()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 from common import header, median_seconds, options, row, threads
 from torch import Tensor, nn
 
+from tdkit.forward.inputs import Inputs
 from tdkit.study.layouts import set_layouts
 
 SIDES = (1, 2, 4, 7, 8, 10, 14, 28)
@@ -64,7 +65,7 @@ def chosen(convolution: nn.Conv2d, features: Tensor) -> str:
     """Which layout the convolution gets in a study, behind another with channels last."""
     channels = features.shape[1]
     before = nn.Conv2d(channels, channels, 3, padding=1, groups=channels // 2)
-    set_layouts(nn.Sequential(before, convolution), [features[:1]])
+    set_layouts(nn.Sequential(before, convolution), Inputs((features[:1],)))
     last = convolution.weight.is_contiguous(memory_format=torch.channels_last)
     return "last" if last else "first"
 

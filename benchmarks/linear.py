@@ -64,12 +64,12 @@ def scored(given: argparse.Namespace) -> dict[str, float]:
 
     from tdkit.compression.scoring import Grid, score
     from tdkit.decompositions.svd import Svd
-    from tdkit.layers.inventory import find_layers
+    from tdkit.layers.traced import TracedModel
     from tdkit.metrics.weights import RELATIVE
 
     model = torch.nn.Sequential(layer(given))
-    layers = find_layers(model, keep_ends=False)
-    seconds, found = timed(lambda: score(model, layers, Grid({"svd": Svd()}, [RELATIVE])))
+    traced = TracedModel.of(model, keep_ends=False, readonly=True)
+    seconds, found = timed(lambda: score(traced, Grid({"svd": Svd()}, [RELATIVE])))
     return {
         "seconds": seconds,
         "candidates": len(found),

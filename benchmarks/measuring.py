@@ -41,8 +41,11 @@ from tdkit.decompositions.cp import Cp
 from tdkit.decompositions.tt import TensorTrain
 from tdkit.decompositions.tucker import Tucker
 from tdkit.errors import TdkitError
+from tdkit.forward.inputs import Inputs
 from tdkit.layers.counting import macs
+from tdkit.layers.evidence import Evidence
 from tdkit.layers.inventory import Layer, find_layers, replace_layer
+from tdkit.layers.weights import ModuleWeights
 from tdkit.metrics.features import RELATIVE, Watched
 from tdkit.registry import load_registry
 from tdkit.study.layouts import set_layouts, small_maps
@@ -229,15 +232,14 @@ def test_split(name: str) -> Split | None:
 
 def stand_ins(model: nn.Module, layer: Layer) -> list[StandIn]:
     """Every method at every keep."""
-    module = model.get_submodule(layer.name)
-    found = []
+    weights, found = ModuleWeights(model), []
     for name, method in METHODS.items():
-        prepared = prepare(layer, module, name, method, seed=0)
+        prepared = prepare(layer, weights, name, method, Evidence())
         if prepared is None:
             continue
         for keep in PAPER_KEEPS:
             rank = prepared.rank(keep, "proportional")
-            built = factorize(layer, module, prepared, rank)
+            built = factorize(layer, weights, prepared, rank).eval()
             found.append(StandIn(built, macs(prepared.stages(rank), layer.calls or ())))
     return found
 
@@ -245,7 +247,7 @@ def stand_ins(model: nn.Module, layer: Layer) -> list[StandIn]:
 def compared(model: nn.Module, name: str, batches: Sequence[Tensor], repeats: int) -> Compared:
     """The three ways in turn, on the candidates of one layer; prints the layer's row."""
     model.to(batches[0].device)
-    layers = find_layers(model, inputs=[batches[0][:1]])
+    layers = find_layers(model, inputs=Inputs((batches[0][:1],)))
     layer = next(layer for layer in layers if layer.name == name)
     candidates = stand_ins(model, layer)
     modules = [candidate.module for candidate in candidates]
@@ -253,7 +255,7 @@ def compared(model: nn.Module, name: str, batches: Sequence[Tensor], repeats: in
     for _ in range(repeats):
         model.to(memory_format=torch.contiguous_format)
         plain, plainly = timed(lambda: full_passes(model, layer, modules, batches))
-        set_layouts(model, [batches[0][:1]])
+        set_layouts(model, Inputs((batches[0][:1],)))
         with small_maps(model):
             full, expected = timed(lambda: full_passes(model, layer, modules, batches))
             replayed, found = timed(lambda: replaced_predictions(model, layer, modules, batches))
@@ -325,8 +327,8 @@ def measure_alone(given: argparse.Namespace) -> None:
     """The child process: round after round of a layer's candidates, each built anew."""
     model, shape = opened(given.model)
     batches, _ = images(given, shape)
-    set_layouts(model.to(given.device), [batches[0][:1]])
-    layers = find_layers(model, inputs=[batches[0][:1]])
+    set_layouts(model.to(given.device), Inputs((batches[0][:1],)))
+    layers = find_layers(model, inputs=Inputs((batches[0][:1],)))
     layer = next(layer for layer in layers if layer.name == LAYERS[given.model][0])
     for _ in range(given.rounds):
         modules = [candidate.module for candidate in stand_ins(model, layer)]

@@ -17,6 +17,7 @@ from measuring import full_passes, images, opened, stand_ins
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from tdkit.forward.inputs import Inputs
 from tdkit.layers.inventory import find_layers
 from tdkit.study.layouts import set_layouts, small_maps
 from tdkit.study.replay import replaced_predictions
@@ -39,9 +40,10 @@ def main() -> None:
 def show(given: argparse.Namespace, name: str) -> None:
     model, shape = opened(given.model)
     batches, note = images(given, shape)
-    layer = next(each for each in find_layers(model, inputs=[batches[0][:1]]) if each.name == name)
+    sample = Inputs((batches[0][:1],))
+    layer = next(each for each in find_layers(model, inputs=sample) if each.name == name)
     modules: Sequence[nn.Module] = [each.module for each in stand_ins(model, layer)]
-    set_layouts(model, [batches[0][:1]])
+    set_layouts(model, sample)
     with small_maps(model):
         full = operators(lambda: full_passes(model, layer, modules, batches))
         replayed = operators(lambda: replaced_predictions(model, layer, modules, batches))
