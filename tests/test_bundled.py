@@ -1,6 +1,7 @@
 """What is promised of the bundled model, on the real test set where it is there."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -11,12 +12,16 @@ from torch import nn
 from tdkit.calibration.batchnorm import Calibration
 from tdkit.checkpoint import load_model
 from tdkit.compression.compress import Goal, apply_plan, make_plan
+from tdkit.compression.plan import Plan
 from tdkit.compression.scoring import Grid, score
+from tdkit.costs.base import Cost, total_cost
+from tdkit.costs.macs import MACS
+from tdkit.costs.params import PARAMS
 from tdkit.datasets.base import Dataset
 from tdkit.errors import UnreadableFileError
 from tdkit.forward.inputs import random_inputs
 from tdkit.layers.counting import model_parameters
-from tdkit.layers.inventory import Layer, find_layers
+from tdkit.layers.traced import TracedModel
 from tdkit.metrics.weights import RELATIVE
 from tdkit.planners.candidate import Candidate
 from tdkit.planners.greedy import greedy
@@ -25,15 +30,36 @@ from tdkit.training.loop import evaluate
 
 REGISTRY = load_registry()
 METHODS = resolve_methods(REGISTRY)
-Scored = tuple[nn.Module, list[Layer], list[Candidate]]
+
+
+GRID = Grid(METHODS, [RELATIVE], limits=method_limits(REGISTRY))
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The bundled model, looked at and scored."""
+
+    traced: TracedModel
+    candidates: list[Candidate]
+
+    @property
+    def model(self) -> nn.Module:
+        return self.traced.model
+
+    def plan(self, goal: Goal) -> Plan:
+        total = total_cost(self.model, self.traced.layers, goal.cost)
+        return make_plan(total, self.candidates, goal, greedy, GRID)
+
+
+def traced() -> TracedModel:
+    model = load_model("garipov", models=REGISTRY.models).model
+    return TracedModel.of(model, random_inputs(model, (1, 28, 28)))
 
 
 @pytest.fixture(scope="module")
 def scored() -> Scored:
-    model = load_model("garipov", models=REGISTRY.models).model
-    layers = find_layers(model, inputs=random_inputs(model, (1, 28, 28), 1))
-    grid = Grid(METHODS, [RELATIVE], limits=method_limits(REGISTRY))
-    return model, layers, score(model, layers, grid)
+    found = traced()
+    return Scored(found, score(found, GRID))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +82,7 @@ def all_threads() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def dense_accuracy(scored: Scored, data: Dataset, all_threads: None) -> float:
     assert data.test is not None
-    return evaluate(scored[0], data.test).accuracy
+    return evaluate(scored.model, data.test).accuracy
 
 
 def test_the_bundled_model_is_right_on_93_of_100_test_images(dense_accuracy: float) -> None:
@@ -83,42 +109,34 @@ def test_accuracy(
     how: Calibration,
     points: float,
 ) -> None:
-    model, layers, candidates = scored
     assert data.test is not None
     assert data.train is not None
-    plan = make_plan(model, layers, candidates, Goal(budget, calibration=how), greedy, seed=0)
     small = apply_plan(
-        model,
-        plan,
+        traced(),
+        scored.plan(Goal(budget, calibration=how)),
         METHODS,
-        layers=layers,
-        inputs=random_inputs(model, (1, 28, 28)),
         calibration=[images for images, _ in data.train.batches(64, limit=512)],
     )
     assert small.verified
     assert not small.put_back
-    assert model_parameters(small.model) <= budget * model_parameters(model)
+    assert model_parameters(small.model) <= budget * model_parameters(scored.model)
     assert 100 * (dense_accuracy - evaluate(small.model, data.test).accuracy) <= points
 
 
 @pytest.mark.parametrize("budget", [0.9, 0.7, 0.5, 0.35, 0.25, 0.15, 0.1, 0.08])
-@pytest.mark.parametrize("cost", ["params", "macs"])
+@pytest.mark.parametrize("cost", [PARAMS, MACS], ids=lambda cost: cost.name)
 def test_the_objective_is_within_two_percent_of_the_optimum(
-    scored: Scored, budget: float, cost: str
+    scored: Scored, budget: float, cost: Cost
 ) -> None:
-    model, layers, candidates = scored
-    plan = make_plan(model, layers, candidates, Goal(budget, cost), greedy, seed=0)  # type: ignore[arg-type]
+    plan = scored.plan(Goal(budget, cost))
     penalty = sum(c.errors["relative-weights"] ** 2 for c in plan.candidates)
-    assert penalty <= 1.02 * optimum(model, layers, candidates, budget, cost)
+    assert penalty <= 1.02 * optimum(scored, budget, cost.name)
 
 
-def optimum(
-    model: nn.Module, layers: list[Layer], candidates: list[Candidate], budget: float, cost: str
-) -> float:
-    before = [getattr(c, f"{cost}_before") for c in candidates]
-    after = [getattr(c, f"{cost}_after") for c in candidates]
-    total = model_parameters(model) if cost == "params" else sum(x.macs or 0 for x in layers)
-    saving = np.array([before], float) - np.array([after], float)
+def optimum(scored: Scored, budget: float, cost: str) -> float:
+    candidates, layers = scored.candidates, scored.traced.layers
+    total = model_parameters(scored.model) if cost == "params" else sum(x.macs or 0 for x in layers)
+    saving = np.array([[c.costs[cost].saving for c in candidates]], float)
     names = sorted({c.layer for c in candidates})
     one_each = np.array([[c.layer == name for c in candidates] for name in names], float)
     result = milp(

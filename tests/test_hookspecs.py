@@ -18,7 +18,7 @@ from tdkit import hookspecs
 from tdkit.hookspecs import HOOKS
 from tdkit.planners.base import Option, UnreachableError
 from tdkit.registry import load_registry
-from tdkit.testing import check_laws, check_stage
+from tdkit.testing import check_cost, check_laws, check_metric, check_planner, check_stage
 
 
 def specs() -> dict[str, Any]:
@@ -85,6 +85,17 @@ def test_the_metric_computes(record) -> None:
     metric = record.create()
     assert (metric.name, metric.target) == (record.name, "weights")
     assert metric.value(3.0, 5.0, 10) == 9.0
+    original = torch.arange(12.0).double().reshape(4, 3)
+    check_metric(metric, original, torch.ones(4, 3).double())
+
+
+@pytest.mark.parametrize("record", ["tdkit_costs"], indirect=True)
+def test_the_cost_counts(record) -> None:
+    cost = record.create()
+    assert cost.name == record.name
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6))
+    check_cost(cost, model, torch.zeros(1, 6))
+    assert cost.total(model, []) == 4 * (6 * 8 + 8 + 8 * 6 + 6)
 
 
 @pytest.mark.parametrize("record", ["tdkit_models"], indirect=True)
@@ -114,6 +125,8 @@ def test_the_planner_plans(record) -> None:
         Option("b", 15, 0.2, 2),
         Option("b", 5, 0.1, 3),
     ]
+    for needed in (0, 12, 16, 30, 35):
+        check_planner(planner, options, needed)
     assert planner(options, 12) == [options[2]]
     assert planner(options, 16) == [options[2], options[1]]
     assert planner(options[::-1], 16) == [options[2], options[1]]

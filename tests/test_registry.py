@@ -84,6 +84,7 @@ def test_the_built_ins_are_one_provider_like_any_other(builtin) -> None:
     assert {"garipov", "resnet18-cifar", "resnet18"} <= builtin["tdkit_models"]
     assert "fashion-mnist-sample" in builtin["tdkit_datasets"]
     assert builtin["tdkit_planners"] == {"greedy"}
+    assert builtin["tdkit_costs"] == {"params", "macs"}
 
 
 def test_the_built_ins_come_through_the_hooks(monkeypatch) -> None:

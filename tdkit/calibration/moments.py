@@ -14,6 +14,9 @@ from tdkit.forward.inputs import Inputs
 from tdkit.forward.trial import trial
 from tdkit.layers.evidence import Moments
 
+# Features that are in memory as float64 at once.
+_WIDENED = 2**19
+
 
 class ChannelStatistics:
     """Mean and variance per channel of all that was added, in float64."""
@@ -23,10 +26,11 @@ class ChannelStatistics:
         self.sums: list[Tensor] = []
 
     def add(self, features: Tensor) -> None:
-        """Add features (batch, channels, ...)."""
-        rows = features.detach().double().transpose(0, 1).flatten(1)
-        self.count += rows.shape[1]
-        self.sums.append(torch.stack([rows.sum(1), rows.square().sum(1)]))
+        """Add features (batch, channels, ...), a few samples at a time widened to float64."""
+        for part in features.detach().split(max(1, _WIDENED // max(1, features[:1].numel()))):
+            rows = part.double().transpose(0, 1).flatten(1)
+            self.count += rows.shape[1]
+            self.sums.append(torch.stack([rows.sum(1), rows.square().sum(1)]))
 
     @property
     def mean(self) -> Tensor:

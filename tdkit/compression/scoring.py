@@ -133,7 +133,8 @@ def score(
     if not grid.features:
         return [candidate for candidate, _ in scored]
     groups = _grouped(scored, _TOGETHER)
-    return [c for group in groups for c in _with_features(traced.model, group, given, grid)]
+    measured = (_with_features(traced.model, group, given, grid, moments) for group in groups)
+    return [candidate for group in measured for candidate in group]
 
 
 def moments_wanted(methods: Mapping[str, Decomposition], metrics: Iterable[Metric]) -> bool:
@@ -231,13 +232,17 @@ def _grouped(scored: Iterable[_Scored], most: int) -> Iterator[list[_Scored]]:
 
 
 def _with_features(
-    model: nn.Module, group: Sequence[_Scored], batches: Sequence[Inputs], grid: Grid
+    model: nn.Module,
+    group: Sequence[_Scored],
+    batches: Sequence[Inputs],
+    grid: Grid,
+    moments: Mapping[str, Moments],
 ) -> Iterator[Candidate]:
     stand_ins: dict[str, list[nn.Module]] = {}
     for candidate, module in group:
         assert module is not None
         stand_ins.setdefault(candidate.layer, []).append(module)
-    measured = feature_errors(model, stand_ins, batches, grid.features)
+    measured = feature_errors(model, stand_ins, batches, grid.features, moments)
     rows = {name: iter(errors) for name, errors in measured.items()}
     for candidate, _ in group:
         if candidate.layer in rows:

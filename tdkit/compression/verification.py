@@ -105,7 +105,9 @@ def dense_weight(
     ]
     group = spec.per_group()
     parts = [compose(ungrouped, part, group) for part in zip(*weights, strict=True)]
-    return join_groups(torch.stack(parts), spec)
+    # Without a copy where there is one group: a weight may be a large part of the model.
+    stacked = parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
+    return join_groups(stacked, spec)
 
 
 def _stages_of(module: nn.Sequential) -> list[Stage]:

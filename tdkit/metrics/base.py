@@ -9,10 +9,11 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tdkit.errors import UnlawfulError, UsageError
+from tdkit.errors import TdkitError, UnlawfulError, UsageError, first_line
 from tdkit.layers.evidence import Evidence
 
 Penalty = Literal["squares", "itself"]
@@ -97,11 +98,21 @@ class Metric:
             )
 
     def of(self, difference: Difference) -> float:
-        """The error of an approximation, not yet held against the law; see :meth:`check`."""
-        if self.compare is not None:
-            return float(self.compare(difference))
-        assert self.value is not None
-        return float(self.value(difference.error, difference.norm, difference.size))
+        """The error of an approximation, not yet held against the law; see :meth:`check`.
+
+        Raises:
+            UnlawfulError: If the metric fails; the message names it.
+        """
+        try:
+            if self.compare is not None:
+                return float(self.compare(difference))
+            assert self.value is not None
+            return float(self.value(difference.error, difference.norm, difference.size))
+        except (MemoryError, torch.OutOfMemoryError, TdkitError):
+            raise
+        except Exception as error:  # a plugin may fail in any way
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise UnlawfulError(f"the metric {self.name} fails: {reason}") from error
 
     def check(self, error: float) -> float:
         """Hold an error against the law.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from tdkit.errors import UnsupportedError, first_line
 from tdkit.forward.inputs import Inputs
 from tdkit.forward.trial import trial
+from tdkit.layers.evidence import NO_EVIDENCE, Evidence, Moments
 from tdkit.metrics.base import Difference, Metric, absolute, relative, scaled
 
 RELATIVE = Metric("relative-features", "features", relative)
@@ -29,6 +31,7 @@ def feature_errors(
     stand_ins: Mapping[str, Sequence[nn.Module]],
     batches: Iterable[Any],
     metrics: Sequence[Metric],
+    moments: Mapping[str, Moments] = MappingProxyType({}),
 ) -> dict[str, list[dict[str, float]]]:
     """Mean over samples of each metric on the outputs of layers, in one pass over the data.
 
@@ -40,6 +43,7 @@ def feature_errors(
         stand_ins: By the name of a layer, the modules to compare with it.
         batches: Model inputs: a tensor (batch, ...), or several, however nested.
         metrics: Feature metrics.
+        moments: Of the inputs of layers, by name, for metrics that look at them.
 
     Returns:
         By the name of a layer, for each of its stand-ins the error of every metric. A layer that
@@ -47,10 +51,13 @@ def feature_errors(
 
     Raises:
         UnsupportedError: If the model does not run on the data.
-        UsageError: If a metric gives a negative error.
+        UnlawfulError: If a metric fails or gives a negative error.
         NotFiniteError: If a layer's features are not finite, whatever stands in for it.
     """
-    watched = {name: Watched(name, modules, metrics) for name, modules in stand_ins.items()}
+    watched = {
+        name: Watched(name, modules, metrics, Evidence(moments=moments.get(name)))
+        for name, modules in stand_ins.items()
+    }
     handles = [
         model.get_submodule(name).register_forward_hook(watch, with_kwargs=True)
         for name, watch in watched.items()
@@ -81,12 +88,20 @@ class Watched:
         name: Of the layer, for messages.
         modules: The stand-ins.
         metrics: Feature metrics.
+        evidence: What else is known about the layer, for metrics that look at it.
 
     Attributes:
         samples: How many samples it has seen; none when it never had anything to compare.
     """
 
-    def __init__(self, name: str, modules: Sequence[nn.Module], metrics: Sequence[Metric]) -> None:
+    def __init__(
+        self,
+        name: str,
+        modules: Sequence[nn.Module],
+        metrics: Sequence[Metric],
+        evidence: Evidence = NO_EVIDENCE,
+    ) -> None:
+        self.evidence = evidence
         self.name = name
         self.modules = modules
         self.metrics = metrics
@@ -123,7 +138,7 @@ class Watched:
 
         Raises:
             NotFiniteError: If the layer's features are not finite.
-            UsageError: If a metric gives a negative error.
+            UnlawfulError: If a metric fails or gives a negative error.
         """
         norms, *errors = torch.cat(self._norms, dim=1).tolist()
         if not all(map(math.isfinite, norms)):
@@ -140,15 +155,15 @@ class Watched:
     ) -> float:
         if metric.value is None:
             return sums[metric.name] / self.samples
-        values = map(metric.value, errors, norms, self._sizes)
-        return sum(_lawful(metric, value) for value in values) / self.samples
+        samples = map(Difference, errors, norms, self._sizes)
+        return sum(_lawful(metric, metric.of(sample)) for sample in samples) / self.samples
 
     def _compare(self, features: Tensor, replaced: Tensor, sums: dict[str, float]) -> None:
         """Add up what metrics say that look at the features of each sample, (channels, ...)."""
         for one, other in zip(features.double(), replaced.double(), strict=True):
             gap, norm = float((one - other).norm()), float(one.norm())
             both = partial(_both, one, other)
-            difference = Difference(gap, norm, one.numel(), tensors=both)
+            difference = Difference(gap, norm, one.numel(), self.evidence, both)
             for metric in self._comparing:
                 sums[metric.name] += _lawful(metric, metric.of(difference))
 

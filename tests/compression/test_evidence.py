@@ -123,6 +123,16 @@ def test_a_metric_is_given_the_moments_whatever_the_methods_ask_for() -> None:
             check(moments, SIZES[size])
 
 
+def test_a_metric_of_features_is_given_them_too() -> None:
+    sees = Sees()
+    metric = Metric("mine", "features", compare=sees, needs=frozenset({"moments"}))
+    traced = TracedModel.of(model(), patterns=["grouped"])
+    score(traced, Grid({"svd": Svd()}, [metric], (0.5,)), batches=batches())
+    assert len(sees.seen) == 5  # samples
+    for _, moments in sees.seen:
+        check(moments, "grouped")
+
+
 def test_a_method_is_given_them_in_scoring() -> None:
     looks = Looks()
     grid = Grid({"looks": looks, "svd": Svd()}, [RELATIVE], (0.5,))

@@ -96,6 +96,18 @@ def test_one_sample_below_zero_is_seen_among_many() -> None:
         scored(Metric("mostly", "features", mostly), batches=[images()])
 
 
+def failing(*_: Any) -> float:
+    return float(1 / 0)
+
+
+@pytest.mark.parametrize("target", ["weights", "features"])
+@pytest.mark.parametrize("way", ["value", "compare"])
+def test_a_metric_that_fails_is_told_by_its_name(way: str, target: Any) -> None:
+    metric = Metric("mine", target, **{way: failing})
+    with pytest.raises(UnlawfulError, match="the metric mine fails: ZeroDivisionError: division"):
+        scored(metric, batches=[images()])
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_an_error_that_is_no_number_is_the_metrics_where_the_methods_is_one(value: float) -> None:
     with pytest.raises(UnlawfulError, match=r"the metric odd gives (nan|inf), and an error is"):
