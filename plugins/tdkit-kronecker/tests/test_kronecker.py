@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +13,11 @@ from small_models import MODELS, check_exported, check_saved, compressed
 from tdkit_kronecker.method import Kronecker, rearranged
 from torch import Tensor, nn
 
+from tdkit.checkpoint import load_model
 from tdkit.decompositions.base import layer_stages, prepared, unsupported
 from tdkit.errors import UsageError
-from tdkit.layers.spec import spec_of
+from tdkit.layers.spec import LayerSpec, spec_of
+from tdkit.layers.stages import Flatten, Permute, Unflatten
 from tdkit.registry import load_registry
 from tdkit.testing import DecompositionLaws
 
@@ -132,3 +137,23 @@ def test_saved_and_loaded_again(name: str, format: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_exported_to_onnx(name: str, tmp_path: Path) -> None:
     check_exported(*compressed(name, "kronecker", METHOD), tmp_path / "model.onnx")
+
+
+def test_from_the_command_line(tmp_path: Path) -> None:
+    command = "compress garipov --methods kronecker --budget 0.8 --output small.pt"
+    subprocess.run(
+        [sys.executable, "-m", "tdkit", *command.split()],
+        cwd=tmp_path,
+        capture_output=True,
+        check=True,
+    )
+    moves = json.loads((tmp_path / "small.pt.plan.json").read_text())["moves"]
+    assert {move["method"] for move in moves} == {"kronecker"}
+    loaded = load_model(tmp_path / "small.pt", models={})
+    assert sum(p.numel() for p in loaded.model.parameters()) <= 0.8 * 555_978
+    assert {type(stage) for stage in loaded.structure[moves[0]["layer"]]} == {
+        LayerSpec,
+        Unflatten,
+        Permute,
+        Flatten,
+    }
