@@ -229,7 +229,7 @@ def prepare(
     if layer.spec is None or unsupported(method, layer.spec) is not None:
         return None
     start = zlib.crc32(f"{seed}/{layer.name}/{method_name}".encode())
-    evidence = Evidence(start, moments if "moments" in method.needs else None)
+    evidence = Evidence(start, moments)
     # A copy, so that a method that works in place spoils nothing but its own.
     weight = module.get_parameter("weight").detach().clone()
     return prepared(method, layer.spec, weight, evidence)

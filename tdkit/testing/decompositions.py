@@ -224,7 +224,7 @@ def _inputs(spec: LayerSpec) -> Tensor:
 
 
 def counted_macs(module: nn.Module, inputs: Tensor) -> int:
-    """Multiply-accumulates of a module's call, by torch's own counter."""
+    """Multiply-accumulates of a module's call on inputs of any shape, by torch's own counter."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
