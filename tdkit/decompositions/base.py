@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, lru_cache, reduce
 from typing import Any, ClassVar
 
@@ -296,9 +297,9 @@ def prepared(
     Args:
         method: The decomposition.
         layer: The whole layer.
-        weight: Its weight in torch's layout.
-        evidence: See :meth:`Decomposition.prepare`; a method of old, whose override has a
-            parameter ``seed``, sees no more than that of it.
+        weight: Its weight in torch's layout, (out, in/groups, *kernel) but for transposed layers.
+        evidence: See :meth:`Decomposition.prepare`. The method sees of it what its ``needs`` name;
+            one of old, whose override has a parameter ``seed``, sees no more than that.
 
     Raises:
         UnsupportedError: As :meth:`Decomposition.prepare`.
@@ -308,6 +309,8 @@ def prepared(
         old: Any = method.prepare
         result: Prepared = old(layer, weight, seed=evidence.seed)
         return result
+    if "moments" not in method.needs:
+        evidence = replace(evidence, moments=None)
     return method.prepare(layer, weight, evidence)
 
 

@@ -29,7 +29,8 @@ def weighted(
 
     Args:
         stages: In order.
-        weights: One for each stage that has a weight, in order.
+        weights: One for each stage that has a weight, in order, each of its
+            :attr:`~tdkit.layers.stages.Stage.weight_shape`, such as (out, in, *kernel).
 
     Raises:
         UnsupportedError: If there are more or fewer weights.

@@ -19,7 +19,7 @@ def split_groups(weight: Tensor, layer: LayerSpec) -> Tensor:
 
 
 def join_groups(parts: Tensor, layer: LayerSpec) -> Tensor:
-    """The inverse of :func:`split_groups`."""
+    """The inverse of :func:`split_groups`, from (groups, out, in, *kernel)."""
     return (parts.transpose(1, 2) if layer.transposed else parts).flatten(0, 1)
 
 
@@ -29,7 +29,7 @@ def impulse_response(stage: LayerSpec, weight: Tensor, signal: Tensor) -> Tensor
     Args:
         stage: The convolution.
         weight: Its weight in torch's layout.
-        signal: (impulses, channels, *kernel so far).
+        signal: (impulses, channels, *kernel), the kernel of the stages before.
 
     Returns:
         (impulses, output channels, *kernel), each axis longer by the stage's kernel less one.

@@ -167,7 +167,13 @@ class LayerSpec(Stage):
         return self.weight_parameters * math.prod(batch) * math.prod(size)
 
     def compose(self, weight: Tensor | None, signal: Tensor) -> Tensor:
-        """Impulses through the weight, without stride, padding and dilation."""
+        """Impulses through the weight, without stride, padding and dilation.
+
+        Args:
+            weight: In torch's layout.
+            signal: (impulses, in, *kernel), where the first axis may be missing, or (..., in) for a
+                Linear.
+        """
         assert weight is not None
         if self.kind == "Linear":
             return functional.linear(signal, weight)

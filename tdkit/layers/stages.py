@@ -121,9 +121,10 @@ class Stage(ABC):
 
         Args:
             weight: Of shape :attr:`weight_shape`, or None.
-            signal: As the module's input: (impulses, channels, *kernel so far), or (impulses,
-                *further leading axes of size 1, features) in the place of a Linear. An ordinary
-                convolution spreads an impulse into its kernel as it is, not flipped.
+            signal: As the module's input: (impulses, channels, *kernel), the kernel of the stages
+                before, or (impulses, *ones, features) in the place of a Linear, with further
+                leading axes of size 1. An ordinary convolution spreads an impulse into its kernel
+                as it is, not flipped.
         """
 
     @classmethod
@@ -169,7 +170,7 @@ class _Move(Stage):
     """A stage without weight, which only moves entries about."""
 
     def compose(self, weight: Tensor | None, signal: Tensor) -> Tensor:
-        """The same move of an impulse."""
+        """The same move of an impulse, of any shape that the module takes."""
         moved: Tensor = self.build()(signal)
         return moved
 
@@ -190,7 +191,11 @@ class Flatten(_Move):
     kind = "Flatten"
 
     def output_shape(self, shape: Shape) -> Shape:
-        """The axes from start to end replaced by their product."""
+        """The axes from start to end replaced by their product.
+
+        Raises:
+            UsageError: If the shape lacks one of them, or they are in the wrong order.
+        """
         start, end = _axis(self.start, shape, self.kind), _axis(self.end, shape, self.kind)
         if start > end:
             raise UsageError(f"Flatten from axis {start} to {end} of the shape {shape}")
@@ -230,7 +235,11 @@ class Unflatten(_Move):
     kind = "Unflatten"
 
     def output_shape(self, shape: Shape) -> Shape:
-        """The axis replaced by the sizes."""
+        """The axis replaced by the sizes.
+
+        Raises:
+            UsageError: If the shape lacks the axis, or it is not of the sizes' product.
+        """
         dim = _axis(self.dim, shape, self.kind)
         if shape[dim] != math.prod(self.sizes):
             raise UsageError(f"an axis of size {shape[dim]} is not {self.sizes} unflattened")
@@ -270,13 +279,20 @@ class ChannelShuffle(_Move):
     kind = "ChannelShuffle"
 
     def output_shape(self, shape: Shape) -> Shape:
-        """The same shape."""
+        """The same shape.
+
+        Raises:
+            UsageError: If there is nothing beside the channels, or they are no such groups.
+        """
         if len(shape) < 3 or shape[1] % self.groups:
             raise UsageError(f"no {self.groups} groups of channels in the shape {shape}")
         return shape
 
     def compose(self, weight: Tensor | None, signal: Tensor) -> Tensor:
-        """The same shuffle, by operations that have a gradient on every device."""
+        """The same shuffle of (impulses, channels, *kernel).
+
+        By operations that have a gradient on every device.
+        """
         shuffled: Tensor = signal.unflatten(1, (self.groups, -1)).transpose(1, 2).flatten(1, 2)
         return shuffled
 
@@ -308,13 +324,17 @@ class Permute(_Move):
     kind = "Permute"
 
     def output_shape(self, shape: Shape) -> Shape:
-        """The sizes in the order of the axes."""
+        """The sizes in the order of the axes.
+
+        Raises:
+            UsageError: If the shape has more or fewer axes.
+        """
         if len(shape) != len(self.dims):
             raise UsageError(f"the permutation {self.dims} does not fit the shape {shape}")
         return tuple(shape[dim] for dim in self.dims)
 
     def compose(self, weight: Tensor | None, signal: Tensor) -> Tensor:
-        """The same permutation."""
+        """The same permutation, of any shape that has these axes."""
         return signal.permute(self.dims)
 
     def build(self, dtype: torch.dtype | None = None, device: Any = None) -> nn.Module:

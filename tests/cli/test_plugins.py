@@ -59,6 +59,7 @@ def test_every_registered_name_is_listed(tdkit) -> None:
         registry.models,
         registry.datasets,
         registry.planners,
+        registry.stages,
     )
     words = set(tdkit("plugins").stdout.replace(",", " ").split())
     assert {name for table in tables for name in table} <= words

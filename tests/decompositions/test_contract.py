@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tdkit.compression import scoring
 from tdkit.decompositions.base import (
     Decomposition,
     Prepared,
@@ -27,10 +26,8 @@ from tdkit.decompositions.tt import TensorTrain
 from tdkit.decompositions.tucker import Tucker
 from tdkit.errors import UnsupportedError
 from tdkit.layers.evidence import Evidence, Moments
-from tdkit.layers.inventory import find_layers
 from tdkit.layers.spec import LayerSpec, spec_of
 from tdkit.layers.stages import ChannelShuffle, Flatten, Stage, Unflatten
-from tdkit.layers.weights import ModuleWeights
 from tdkit.testing import check_laws
 
 
@@ -176,15 +173,14 @@ def test_moments_reach_the_method_that_asks_for_them() -> None:
     assert feature_error(whitened) < 0.95 * feature_error(plain)
 
 
-def test_scoring_hands_moments_to_those_that_ask_only() -> None:
-    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 5), nn.Linear(5, 5)).double()
-    layer, moments = find_layers(model)[1], moments_of(inputs(50, 6))
+def test_moments_are_handed_to_those_that_ask_only() -> None:
+    moments, weight = moments_of(inputs(50, 6)), torch.ones(5, 6)
     found = [
-        scoring.prepare(layer, ModuleWeights(model), "method", method, Evidence(0, moments))
+        prepared(method, spec_of(nn.Linear(6, 5)), weight, Evidence(2, moments)).evidence
         for method in (Whitened(), OnlyThree(), Seeded())
     ]
-    assert [each.evidence.moments for each in found if each] == [moments, None, None]
-    assert len({each.seed for each in found if each}) == 1
+    assert [each.moments for each in found] == [moments, None, None]
+    assert {each.seed for each in found} == {2}
 
 
 class Shuffled(Decomposition):

@@ -62,7 +62,7 @@ def noise(seed: int = 0, labelled: bool = True, channels: int = 1) -> Dataset:
     images = torch.randint(256, (60, channels, 8, 8), generator=generator, dtype=torch.uint8)
     part = images, torch.arange(60) % 4
     found = in_memory_dataset("noise", tuple("abcd"), part, part, 0)
-    return found if labelled else replace(found, test=replace(found.test, labels=None))
+    return found if labelled else replace(found, test=replace(found.test, labels=None))  # type: ignore[type-var]
 
 
 def workspace(recipe: StudyRecipe = RECIPE, seed: int = 0, labelled: bool = True) -> Workspace:

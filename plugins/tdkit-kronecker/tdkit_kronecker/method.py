@@ -101,12 +101,6 @@ class PreparedKronecker(Prepared):
     method: Kronecker
     _latest_svd: tuple[tuple[int, ...], tuple[Tensor, Tensor]] | None = None
 
-    def best_rank(self, parameters: int) -> Rank:
-        """The most terms that fit, since the error falls with each."""
-        terms, m1, n1 = self.method.max_rank(self.group)
-        fitting = parameters // sum(_sides(self.group, m1, n1))
-        return max(1, min(terms, fitting)), m1, n1
-
     def unit_error(self, rank: Rank) -> float:
         """The tail of the rearranged weight's singular values (Eckart and Young 1936)."""
         assert isinstance(rank, tuple)

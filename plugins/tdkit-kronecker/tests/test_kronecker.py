@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import copy
+import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,12 +12,22 @@ import pytest
 import torch
 from small_models import MODELS, check_exported, check_saved, compressed
 from tdkit_kronecker.method import Kronecker, rearranged
+from tiny_study import RECIPE, workspace
 from torch import Tensor, nn
 
+from tdkit.checkpoint import load_model
+from tdkit.compression.scoring import factorize, prepare
 from tdkit.decompositions.base import layer_stages, prepared, unsupported
 from tdkit.errors import UsageError
-from tdkit.layers.spec import spec_of
+from tdkit.layers.inventory import replace_layer
+from tdkit.layers.spec import LayerSpec, spec_of
+from tdkit.layers.stages import Flatten, Permute, Unflatten
 from tdkit.registry import load_registry
+from tdkit.study.recipe import to_toml
+from tdkit.study.records import pack
+from tdkit.study.running import run
+from tdkit.study.store import Store
+from tdkit.study.trials import identity, plan_trials
 from tdkit.testing import DecompositionLaws
 
 METHOD = Kronecker()
@@ -132,3 +146,48 @@ def test_saved_and_loaded_again(name: str, format: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_exported_to_onnx(name: str, tmp_path: Path) -> None:
     check_exported(*compressed(name, "kronecker", METHOD), tmp_path / "model.onnx")
+
+
+def test_from_the_command_line(tmp_path: Path) -> None:
+    command = "compress garipov --methods kronecker --budget 0.8 --output small.pt"
+    subprocess.run(
+        [sys.executable, "-m", "tdkit", *command.split()],
+        cwd=tmp_path,
+        capture_output=True,
+        check=True,
+    )
+    moves = json.loads((tmp_path / "small.pt.plan.json").read_text())["moves"]
+    assert {move["method"] for move in moves} == {"kronecker"}
+    loaded = load_model(tmp_path / "small.pt", models={})
+    assert sum(p.numel() for p in loaded.model.parameters()) <= 0.8 * 555_978
+    assert {type(stage) for stage in loaded.structure[moves[0]["layer"]]} == {
+        LayerSpec,
+        Unflatten,
+        Permute,
+        Flatten,
+    }
+
+
+def test_a_study_measures_what_the_factorized_model_gets_right(tmp_path: Path) -> None:
+    space = workspace(replace(RECIPE, methods=("kronecker",), options=()))
+    plan = plan_trials(space)
+    with Store(
+        tmp_path, identity=identity(space), recipe=to_toml(space.recipe), plan=plan
+    ) as store:
+        results = run(space, store)
+    assert results.measurements
+    layers = {layer.name: layer for layer in space.layers}
+    assert space.dataset.test is not None
+    images, labels = next(iter(space.dataset.test.batches(60)))
+    for measured in results.measurements:
+        layer, module = layers[measured.trial.layer], copy.deepcopy(space.model)
+        found = prepare(layer, module.get_submodule(layer.name), "kronecker", METHOD, 3)
+        assert found is not None
+        rank = measured.trial.rank
+        replace_layer(
+            module, layer, factorize(layer, module.get_submodule(layer.name), found, rank)
+        )
+        with torch.no_grad():
+            correct = module(images).argmax(1) == labels
+        assert measured.correct == pack(correct.numpy())
+        assert measured.errors["relative-weights"] == pytest.approx(found.error(rank) / found.norm)
