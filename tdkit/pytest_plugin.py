@@ -15,10 +15,10 @@ CASES = 200
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add ``--cases N``."""
+    """Add the option ``cases``."""
     group = parser.getgroup("tdkit", "the laws of tdkit.testing")
     group.addoption(
-        "--cases",
+        2 * "-" + "cases",
         type=int,
         default=CASES,
         metavar="N",
