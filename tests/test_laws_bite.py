@@ -11,6 +11,7 @@ from torch import nn
 from tdkit.costs.base import Cost
 from tdkit.costs.macs import Macs
 from tdkit.costs.params import Params
+from tdkit.errors import UnlawfulError
 from tdkit.layers.evidence import Evidence, Moments
 from tdkit.layers.inventory import Layer
 from tdkit.layers.stages import Stage
@@ -208,5 +209,5 @@ def test_a_cost_that_hides_what_it_needs() -> None:
         def total(self, model: nn.Module, layers: Sequence[Layer]) -> Any:
             return None if layers[0].calls is None else super().total(model, layers)
 
-    with pytest.raises(AssertionError):
+    with pytest.raises(UnlawfulError, match="the cost macs of the model is None"):
         check_cost(Hides(), model, torch.zeros(1, 8))

@@ -201,7 +201,11 @@ def _ranks(layer: Layer, prepared: Prepared, grid: Grid, limit: float) -> Iterat
 
 @contextmanager
 def blamed(method: str, layer: Layer) -> Iterator[None]:
-    """Whatever a method does wrong becomes an error that names it and the layer."""
+    """Whatever a method does wrong becomes an error that names it and the layer.
+
+    Raises:
+        UnsupportedError: For whatever a method raises itself.
+    """
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError, UnlawfulError):

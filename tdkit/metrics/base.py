@@ -47,13 +47,13 @@ class Difference:
 
     @cached_property
     def tensor(self) -> Tensor:
-        """The original minus its approximation, float64."""
+        """The original minus its approximation, float64, of any shape."""
         original, approximation = self.both
         return original - approximation
 
     @cached_property
     def both(self) -> tuple[Tensor, Tensor]:
-        """The original and its approximation, float64."""
+        """The original and its approximation, float64, of any shape."""
         assert self.tensors is not None, "whoever makes a difference for a metric gives its tensors"
         return self.tensors()
 

@@ -117,7 +117,7 @@ class Watched:
     def __call__(
         self, _layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
     ) -> None:
-        """Compare the layer's output for one batch with that of every stand-in."""
+        """Compare the layer's output (batch, ...) for one batch with that of every stand-in."""
         if len(args) + len(kwargs) > 1:
             return  # a stand-in takes the layer's input and no options
         features = output.double().flatten(1)
