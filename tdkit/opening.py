@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tdkit.errors import UsageError
+from tdkit.errors import UsageError, option
 
 if TYPE_CHECKING:
     import torch
@@ -66,11 +66,15 @@ class Opened:
         return Path(self.loaded.source).stem
 
     def require_shape(self, purpose: str) -> None:
-        """Refuse what takes a forward pass when the shape of the input is unknown."""
+        """Refuse what takes a forward pass when the shape of the input is unknown.
+
+        Raises:
+            UsageError: If it is.
+        """
         if self.shape is None:
             raise UsageError(
                 f"{purpose} runs the model, and the shape of its input is unknown",
-                "give it with --input-shape, such as 3,224,224",
+                f"give it with {option('input_shape', (3, 224, 224))}",
             )
 
     def inputs(self, batch: int = 2) -> Inputs | None:
@@ -134,20 +138,25 @@ def open_dataset(
     image_size: tuple[int, int] | None = None,
     seed: int = 0,
 ) -> Dataset:
-    """Open the data set that ``NAME`` or ``NAME:PATH`` names."""
+    """Open the data set that ``NAME`` or ``NAME:PATH`` names.
+
+    Raises:
+        UsageError: If the name is unknown, or takes no path, or lacks one.
+        UnreadableFileError: If its files are missing or damaged.
+    """
     from tdkit.registry import lookup
 
     name, colon, path = text.partition(":")
     if name not in registry.datasets and Path(text).is_dir():
         raise UsageError(
-            f"--data {text} is a folder, not the name of a data set",
-            f"for images in folders write --data image-folder:{text}",
+            f"{option('data', text)} is a folder, not the name of a data set",
+            f"for images in folders write {option('data', f'image-folder:{text}')}",
         )
     record = lookup(registry.datasets, name, "data set")
     if record.takes_path and not path:
         raise UsageError(f"{name} needs a folder", f"write it as {name}:PATH")
     if colon and not record.takes_path:
-        raise UsageError(f"{name} takes no path", f"name a folder with --data-root: {path}")
+        raise UsageError(f"{name} takes no path", f"name a folder with {option('data_root', path)}")
     return record.create(root=root, path=path or None, image_size=image_size, seed=seed)
 
 
@@ -198,12 +207,19 @@ def image_size(source: Source, registry: Registry) -> tuple[int, int] | None:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of ``cpu``, ``cuda`` or ``auto``."""
+    """The device of ``cpu``, ``cuda`` or ``auto``.
+
+    Raises:
+        UsageError: If it is none of them, or not there.
+    """
     import torch
 
     if name not in ("cpu", "cuda", "auto"):
         raise UsageError(f"unknown device {name!r}", "it is cpu, cuda or auto")
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
-        raise UsageError("this machine has no CUDA device that torch can use", "use --device cpu")
+        raise UsageError(
+            "this machine has no CUDA device that torch can use",
+            f"use {option('device', 'cpu')}",
+        )
     return torch.device("cuda" if available and name != "cpu" else "cpu")

@@ -21,20 +21,6 @@ CORE = sorted(
 # Not var(--ink), which is CSS.
 _SHELL_OPTION = re.compile(r"(^|[^\w(-])--([a-z]|$)")
 
-# These still speak to the shell alone. Take off what does no longer; put nothing on.
-SHELL_ONLY = frozenset(
-    {
-        "calibration/batchnorm.py",
-        "compression/compress.py",
-        "compression/plan.py",
-        "compression/scoring.py",
-        "costs/base.py",
-        "forward/trace.py",
-        "opening.py",
-        "planners/objective.py",
-    }
-)
-
 
 def test_python_is_spoken_to_in_python() -> None:
     assert option("input_shape", (3, 224, 224)) == "input_shape=(3, 224, 224)"
@@ -73,10 +59,7 @@ def test_close_names_are_few_and_close() -> None:
 @pytest.mark.parametrize("file", CORE)
 def test_no_message_of_the_core_spells_an_option(file) -> None:
     found = [text for text in texts(PACKAGE / file) if _SHELL_OPTION.search(text)]
-    if file in SHELL_ONLY:
-        assert found, f"{file} speaks to everybody now: take it off the list"
-    else:
-        assert found == []
+    assert found == []
 
 
 def test_options_in_text_are_seen() -> None:

@@ -40,7 +40,7 @@ def noise_batches(like: Tensor) -> tuple[Tensor, ...]:
     """Noise images to match statistics on, fewer and in smaller batches where they are large.
 
     Args:
-        like: See :func:`noise_images`.
+        like: One image (1, channels, *size), see :func:`noise_images`.
     """
     size = max(1, like[0].numel())
     count, batch = (min(most, max(2, room // size)) for most, room in _NOISE)

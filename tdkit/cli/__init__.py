@@ -73,7 +73,11 @@ def _options(
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run the command line and exit with the status that fits what happened."""
+    """Run the command line and exit with the status that fits what happened.
+
+    Raises:
+        SystemExit: Always, with that status.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
     for number in (signal.SIGINT, signal.SIGTERM):

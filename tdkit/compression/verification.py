@@ -86,7 +86,9 @@ def verify(
 def dense_weight(
     module: nn.Sequential, spec: LayerSpec, stages: Sequence[Stage] | None = None
 ) -> Tensor:
-    """The weight, in torch's layout and float64, that a factorized layer amounts to.
+    """The weight that a factorized layer amounts to, float64, as torch has that of the layer.
+
+    That is (out, in/groups, *kernel) but for transposed convolutions.
 
     Args:
         module: The modules of the stages.

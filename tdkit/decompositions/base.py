@@ -123,6 +123,9 @@ class Decomposition(ABC):
 
         Returns:
             One tensor per stage that has a weight, in the layout of the module it goes into.
+
+        Raises:
+            TypeError: If neither this nor :meth:`prepare` is overridden.
         """
         raise TypeError(f"{type(self).__name__} overrides neither decompose nor prepare")
 
@@ -136,7 +139,8 @@ class Decomposition(ABC):
 
         Args:
             layer: The whole layer, with its groups.
-            weight: The layer's weight in torch's layout.
+            weight: The layer's weight in torch's layout, (out, in/groups, *kernel) but for
+                transposed convolutions.
             evidence: The seed, and what ``needs`` asks for where it was collected; a number is the
                 seed.
 
@@ -227,7 +231,7 @@ class Prepared:
         return self
 
     def group_factors(self, rank: Rank) -> list[Sequence[Tensor]]:
-        """For each group the weights of its stages, in torch's layout, for the scaled weight."""
+        """For each group the weights of its stages, (out, in, *kernel), for the scaled weight."""
         generator = torch.Generator().manual_seed(self.seed)
         stages = self.method.stages(self.group, rank)
         groups = []
@@ -251,7 +255,7 @@ class Prepared:
         return layer_stages(self.method, self.layer, rank)
 
     def factors(self, rank: Rank) -> list[Tensor]:
-        """The weights of :meth:`stages`, of those that have one, in torch's layout and float64.
+        """The weights of :meth:`stages` that have one, (out, in/groups, *kernel), float64.
 
         The scale is spread evenly over the weights that the method made; what is appended to carry
         the bias has ones.
@@ -267,11 +271,11 @@ class Prepared:
         return [*(weight * share for weight in weights), *ones]
 
     def dense(self) -> Tensor:
-        """The layer's weight as it was given, in torch's layout and float64."""
+        """The layer's weight as it was given, (out, in/groups, *kernel) or transposed, float64."""
         return join_groups(self.weight, self.layer) * self.scale
 
     def reconstruct(self, rank: Rank) -> Tensor:
-        """The dense weight, in torch's layout and float64, that the factors amount to."""
+        """What the factors amount to, (out, in/groups, *kernel) or transposed, float64."""
         return join_groups(self._unit_reconstruction(rank), self.layer) * self.scale
 
     def _unit_reconstruction(self, rank: Rank) -> Tensor:
@@ -443,7 +447,7 @@ def factorized_module(
 
     Args:
         stages: In order.
-        weights: The weights of those that have one, in torch's layout.
+        weights: The weights of those that have one, (out, in/groups, *kernel).
         bias: What goes into the stage that has a bias, or None.
         dtype: Of the module.
         device: Of the module.

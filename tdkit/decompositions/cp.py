@@ -98,7 +98,7 @@ class Cp(Decomposition):
     def prepare(
         self, layer: LayerSpec, weight: Tensor, evidence: Evidence | int = NO_EVIDENCE
     ) -> PreparedCp:
-        """What the starts of all ranks share, if they share anything."""
+        """What the starts share for a weight (out, in/groups, *kernel), if anything."""
         return PreparedCp(self, layer, weight, evidence)
 
 
@@ -118,7 +118,7 @@ class PreparedCp(Prepared):
         return result
 
     def group_factors(self, rank: Rank) -> list[Sequence[Tensor]]:
-        """ALS, then each factor reshaped into its stage, column norms spread evenly."""
+        """ALS, then each factor as its stage has it, (out, in, *kernel), norms spread evenly."""
         assert isinstance(rank, int)
         generator = torch.Generator().manual_seed(self.seed)
         return [

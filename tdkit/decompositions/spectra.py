@@ -59,6 +59,6 @@ def tail_norms(energy: Tensor) -> Tensor:
 
 
 def fitted(basis: Tensor, rank: int) -> Tensor:
-    """The first ``rank`` entries of the last axis; zeros where there are fewer."""
+    """The first ``rank`` entries of the last axis of (..., n); zeros where there are fewer."""
     missing = rank - basis.shape[-1]
     return torch.nn.functional.pad(basis, (0, missing)) if missing > 0 else basis[..., :rank]

@@ -39,7 +39,13 @@ class Svd(Decomposition):
     def prepare(
         self, layer: LayerSpec, weight: Tensor, evidence: Evidence | int = NO_EVIDENCE
     ) -> PreparedSvd:
-        """One eigendecomposition of the smaller Gram matrix, which serves all ranks."""
+        """One eigendecomposition of the smaller Gram matrix serves all ranks.
+
+        Args:
+            layer: The layer.
+            weight: Its weight, (out, in/groups, *kernel) but for transposed convolutions.
+            evidence: Not looked at.
+        """
         return PreparedSvd(self, layer, weight, evidence)
 
 
@@ -73,7 +79,7 @@ class PreparedSvd(Prepared):
         return float(self._tails[rank])
 
     def group_factors(self, rank: Rank) -> list[Sequence[Tensor]]:
-        """Both factors carry the root of the singular values."""
+        """Both factors, (out, in, *kernel), carry the root of the singular values."""
         assert isinstance(rank, int)
         basis, core = self._basis[..., :rank], self._core[:, :rank]
         root = torch.linalg.vector_norm(core, dim=2).sqrt()

@@ -74,7 +74,7 @@ class TensorTrain(Decomposition):
     def prepare(
         self, layer: LayerSpec, weight: Tensor, evidence: Evidence | int = NO_EVIDENCE
     ) -> PreparedTensorTrain:
-        """The first SVD of the train, which all ranks share."""
+        """The first SVD, of a weight (out, in/groups, *kernel), which all ranks share."""
         return PreparedTensorTrain(self, layer, weight, evidence)
 
 
@@ -152,7 +152,7 @@ class PreparedTensorTrain(Prepared):
         return math.sqrt(squared)
 
     def group_factors(self, rank: Rank) -> list[Sequence[Tensor]]:
-        """The channel bases at both ends, the bases of the inner SVDs between them."""
+        """The channel bases at both ends, those of the inner SVDs between: (out, in, *kernel)."""
         assert isinstance(rank, tuple)
         shapes = [stage.weight_shape for stage in self.method.stages(self.group, rank)]
         columns = [

@@ -79,7 +79,7 @@ class Tucker(Decomposition):
     def prepare(
         self, layer: LayerSpec, weight: Tensor, evidence: Evidence | int = NO_EVIDENCE
     ) -> PreparedTucker:
-        """One HOSVD, which serves all ranks."""
+        """One HOSVD of a weight (out, in/groups, *kernel), which serves all ranks."""
         return PreparedTucker(self, layer, weight, evidence)
 
 
@@ -132,7 +132,7 @@ class PreparedTucker(Prepared):
         return result
 
     def group_factors(self, rank: Rank) -> list[Sequence[Tensor]]:
-        """The leading bases, refined by HOOI where asked, and the core between them."""
+        """The leading bases, refined by HOOI where asked, the core between: (out, in, *kernel)."""
         assert isinstance(rank, tuple)
         r_out, r_in = rank
         basis_out = self._hosvd.basis_out[..., :r_out]

@@ -35,13 +35,13 @@ class Inputs:
         return model(*given.args, **given.kwargs)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
-        """The same arguments with every tensor, however nested, replaced."""
+        """The same arguments with every tensor, of any shape and however nested, replaced."""
         args = tuple(map_tensors(value, change) for value in self.args)
         return Inputs(args, {key: map_tensors(v, change) for key, v in self.kwargs.items()})
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All tensors among the arguments, in order."""
+        """All tensors among the arguments, of any shape, in order."""
         found: list[Tensor] = []
 
         def collect(tensor: Tensor) -> Tensor:

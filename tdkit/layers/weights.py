@@ -17,7 +17,10 @@ class Weights(Protocol):
     """Where the weights of layers come from."""
 
     def weight(self, layer: str) -> Tensor:
-        """The weight of a layer by its dotted name, in torch's layout; not to be changed."""
+        """The weight of a layer by its dotted name, not to be changed.
+
+        In torch's layout: (out, in/groups, *kernel) but for transposed convolutions.
+        """
 
     def bias(self, layer: str) -> Tensor | None:
         """Its bias (out,), or None."""
@@ -30,7 +33,7 @@ class ModuleWeights:
     model: nn.Module
 
     def weight(self, layer: str) -> Tensor:
-        """The layer's parameter, in torch's layout."""
+        """The layer's parameter, (out, in/groups, *kernel) as torch has it."""
         return self.model.get_submodule(layer).get_parameter("weight")
 
     def bias(self, layer: str) -> Tensor | None:
@@ -45,7 +48,7 @@ class StateWeights:
     state: Mapping[str, Tensor]
 
     def weight(self, layer: str) -> Tensor:
-        """The layer's entry, in torch's layout.
+        """The layer's entry, (out, in/groups, *kernel) as torch has it.
 
         Raises:
             UsageError: If there is none.
@@ -67,7 +70,7 @@ class FileWeights:
     path: Path
 
     def weight(self, layer: str) -> Tensor:
-        """The layer's entry, in torch's layout.
+        """The layer's entry, (out, in/groups, *kernel) as torch has it.
 
         Raises:
             UnreadableFileError: If the file or the entry cannot be read.

@@ -19,6 +19,9 @@ def greedy(options: Sequence[Option], needed: int) -> list[Option]:
     A move may replace an earlier, weaker one of the same layer. The last move is not the steepest
     but any that closes the gap; from the ends of least penalty, exchanges of one or two layers'
     moves use up what was saved too much.
+
+    Raises:
+        UnreachableError: If no choice saves enough.
     """
     fronts = _fronts(options)
     most = sum(front[-1].saving for front in fronts.values())

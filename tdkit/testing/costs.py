@@ -37,7 +37,7 @@ class Calls(nn.Module):
         self.scale = nn.Parameter(torch.ones(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The sum of what the layer gives each time."""
+        """The sum of what the layer gives each time, for inputs (batch, ...)."""
         result: Tensor = sum(self.layer(x) for _ in range(self.times)) * self.scale[0]
         return result
 
