@@ -50,7 +50,8 @@ def input_moments(
     """The moments of the input channels of layers, over all positions and calls.
 
     One eval-mode pass over the batches serves all layers. Products are in the precision of the
-    features, sums in float64; memory is channels x channels for each layer, whatever the batches.
+    features, at least float32, sums in float64; memory is channels x channels for each layer,
+    whatever the batches.
 
     Args:
         model: The dense model; it is afterwards as before.
@@ -99,6 +100,8 @@ class _Sums:
         self.second: Tensor | float = 0.0
 
     def add(self, rows: Tensor) -> None:
+        # A sum of many squares is beyond what float16 can hold.
+        rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
         self.count += len(rows)
         self.first = self.first + rows.sum(0).double()
         self.second = self.second + (rows.mT @ rows).double()
