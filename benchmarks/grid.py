@@ -130,7 +130,7 @@ def convolutions(count: int, channels: int) -> nn.Module:
 def scored(
     model: nn.Module, methods: dict[str, Decomposition], keeps: Sequence[float]
 ) -> list[object]:
-    traced = TracedModel.of(model, keep_ends=False)
+    traced = TracedModel.of(model, include_ends=True)
     return list(score(traced, Grid(methods, [RELATIVE], tuple(keeps))))
 
 

@@ -223,7 +223,7 @@ def show_methods(singles: Sequence[Single], runs: int) -> None:
 
 
 def stand_in(dense: nn.Sequential, name: str, keep: float) -> nn.Module:
-    layer = find_layers(dense, keep_ends=False)[0]
+    layer = find_layers(dense, include_ends=True)[0]
     weights = ModuleWeights(dense)
     prepared = prepare(layer, weights, name, METHODS[name], Evidence())
     assert prepared is not None

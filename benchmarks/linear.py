@@ -68,7 +68,7 @@ def scored(given: argparse.Namespace) -> dict[str, float]:
     from tdkit.metrics.weights import RELATIVE
 
     model = torch.nn.Sequential(layer(given))
-    traced = TracedModel.of(model, keep_ends=False, readonly=True)
+    traced = TracedModel.of(model, include_ends=True, readonly=True)
     seconds, found = timed(lambda: score(traced, Grid({"svd": Svd()}, [RELATIVE])))
     return {
         "seconds": seconds,

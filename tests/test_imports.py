@@ -208,7 +208,7 @@ from tdkit.layers.inventory import find_layers
 from tdkit.study.replay import predictions
 
 model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(inplace=True), nn.Linear(3, 3), nn.Linear(3, 2))
-layer = next(each for each in find_layers(model, keep_ends=False) if each.name == "2")
+layer = next(each for each in find_layers(model, include_ends=True) if each.name == "2")
 predictions(model, layer, [nn.Linear(3, 3)], [torch.rand(4, 3)])
 print("torch._dynamo" in sys.modules)
 """

@@ -120,7 +120,7 @@ def apply(
     prepared = ending.prepare(subject, default, [model, plan], wanted.seed)
     how = subject.settle(calibration, wanted.calibration)
     with listening(progress) as update:
-        traced = trace(subject, (), False, inplace, measure)
+        traced = trace(subject, (), True, inplace, measure)
         before = state_bytes(traced.model)
         update(REPLACING, 0, 0)
         result = apply_plan(

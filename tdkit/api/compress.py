@@ -172,7 +172,7 @@ def compress(
     how = subject.settle(calibration)
     patterns = arguments.names(layers, "layers")
     with listening(progress) as update:
-        traced = trace(subject, patterns, not include_ends, inplace, measure)
+        traced = trace(subject, patterns, include_ends, inplace, measure)
         before = state_bytes(traced.model)
         result = compress_model(
             traced,
@@ -200,7 +200,7 @@ def _update(progress: Progress, done: int, total: int) -> None:
 def trace(
     subject: Subject,
     patterns: Sequence[str],
-    keep_ends: bool,
+    include_ends: bool,
     inplace: bool,
     measure: bool,
 ) -> TracedModel:
@@ -209,7 +209,7 @@ def trace(
     Args:
         subject: The model and what tells its inputs.
         patterns: Shell patterns of the layers to consider.
-        keep_ends: Keep the first and the last layer dense.
+        include_ends: Let the first and the last layer be factorized too.
         inplace: Whether the caller gives the model away.
         measure: Whether the dense model is needed to the end.
 
@@ -226,7 +226,7 @@ def trace(
         subject.model,
         subject.inputs(),
         patterns=patterns,
-        keep_ends=keep_ends,
+        include_ends=include_ends,
         inplace=own,
         weights=weights,
     )

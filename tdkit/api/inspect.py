@@ -119,7 +119,7 @@ def inspect(
         subject.model,
         subject.inputs(),
         patterns=patterns,
-        keep_ends=not include_ends,
+        include_ends=include_ends,
         readonly=True,
     )
     methods = resolve_methods(registry, list(registry.decompositions))

@@ -179,7 +179,7 @@ def score(
         check_writable(path, force=force, inputs=[source])
     with listening(progress) as update:
         patterns = arguments.names(layers, "layers")
-        traced = trace(subject, patterns, not include_ends, inplace=False, measure=False)
+        traced = trace(subject, patterns, include_ends, inplace=False, measure=False)
         refuse_closed(traced.layers)
         candidates = score_candidates(
             traced,

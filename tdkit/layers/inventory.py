@@ -56,7 +56,7 @@ def find_layers(
     inputs: Inputs | None = None,
     calls: Calls | None = None,
     patterns: Sequence[str] = (),
-    keep_ends: bool = True,
+    include_ends: bool = False,
     weights: Weights | None = None,
 ) -> list[Layer]:
     """Every convolutional and linear layer in order, with the reason where one is kept dense.
@@ -67,7 +67,8 @@ def find_layers(
             stay unknown and the order is that of registration, not that of the calls.
         calls: What such a pass has told already.
         patterns: Shell patterns; layers that match none under any of their names are kept dense.
-        keep_ends: Keep the first and the last layer dense, as the paper does.
+        include_ends: Let the first and the last layer be factorized too; the paper keeps
+            them dense.
         weights: Where the layers' weights are, if not in the model.
 
     Raises:
@@ -101,7 +102,7 @@ def find_layers(
         order = {names[module][0]: place for place, module in enumerate(calls)}
         layers.sort(key=lambda layer: order.get(layer.name, len(order)))
     layers = _select(layers, patterns)
-    return _keep_ends(layers) if keep_ends else layers
+    return layers if include_ends else _keep_ends(layers)
 
 
 def replace_layer(model: nn.Module, layer: Layer, module: nn.Module) -> None:

@@ -46,7 +46,7 @@ class TracedModel:
         example: Any = None,
         *,
         patterns: Sequence[str] = (),
-        keep_ends: bool = True,
+        include_ends: bool = False,
         inplace: bool = False,
         readonly: bool = False,
         weights: Weights | None = None,
@@ -57,7 +57,7 @@ class TracedModel:
             model: Any module; it stays as it is unless ``inplace``.
             example: Arguments of a forward pass, nested in any way; tensors of any shape.
             patterns: Shell patterns of the layers to consider; all by default.
-            keep_ends: Keep the first and last layer dense.
+            include_ends: Let the first and the last layer be factorized too.
             inplace: Work on the model itself, or on the plain one inside its wrapper.
             readonly: Only look: a model of which there can be no copy will do.
             weights: Where the layers' weights are, if not in the model, which may then be on the
@@ -73,7 +73,7 @@ class TracedModel:
         own = plain if inplace or readonly else own_copy(plain)
         found = _run(own, example)
         layers = find_layers(
-            own, calls=found.calls, patterns=patterns, keep_ends=keep_ends, weights=weights
+            own, calls=found.calls, patterns=patterns, include_ends=include_ends, weights=weights
         )
         return cls(
             model=own,

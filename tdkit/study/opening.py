@@ -238,7 +238,7 @@ def make_workspace(
 
     inputs = random_inputs(model, shape or dataset.input_shape).first_sample()
     layers = find_layers(
-        model.eval(), inputs=inputs, patterns=recipe.layers, keep_ends=not recipe.layers
+        model.eval(), inputs=inputs, patterns=recipe.layers, include_ends=bool(recipe.layers)
     )
     set_layouts(model, inputs)
     if adaptation.splits:

@@ -87,7 +87,7 @@ def check_cost(cost: Cost, model: nn.Module, inputs: Tensor, keep: float = 0.5) 
     assert cost.name
     assert cost.unit
     assert cost.needs <= NEEDS, "it needs what nobody has"
-    traced = TracedModel.of(model, inputs, keep_ends=False)
+    traced = TracedModel.of(model, inputs, include_ends=True)
     before = total_cost(traced.model, traced.layers, cost)
     assert type(before) is int, f"{before!r} is no whole number"
     known = [layer for layer in traced.layers if layer.spec is not None]
@@ -117,13 +117,13 @@ def _check_change(cost: Cost, traced: TracedModel, layer: Layer, before: int, ke
         nn.init.ones_(part)
     assert (bias is None) == (modules[-1]._parameters.get("bias") is None)
     replace_layer(small, layer, nn.Sequential(*modules))
-    after = total_cost(small, find_layers(small, inputs=traced.sample, keep_ends=False), cost)
+    after = total_cost(small, find_layers(small, inputs=traced.sample, include_ends=True), cost)
     expected = before - changed.saving
     assert after == expected, f"{layer.name!r} replaced, the model costs {after}, not {expected}"
 
 
 def _check_unknown(cost: Cost, model: nn.Module) -> None:
-    blind = find_layers(model, keep_ends=False)
+    blind = find_layers(model, include_ends=True)
     if CALLS not in cost.needs:
         assert type(total_cost(model, blind, cost)) is int
         return

@@ -56,7 +56,7 @@ def _seeded() -> Iterator[None]:
 def compress(model: nn.Module, budget: float = 0.6, **options: Any) -> Compressed:
     grid = Grid(options.pop("methods", METHODS), [RELATIVE], KEEPS, seed=options.pop("seed", 0))
     goal = Goal(budget, options.pop("cost", PARAMS), calibration=options.pop("how", "none"))
-    looks = {key: options.pop(key) for key in ("patterns", "keep_ends") if key in options}
+    looks = {key: options.pop(key) for key in ("patterns", "include_ends") if key in options}
     traced = TracedModel.of(model, options.pop("inputs", None), **looks)
     return compress_model(traced, grid, goal, greedy, **options)
 
@@ -64,7 +64,7 @@ def compress(model: nn.Module, budget: float = 0.6, **options: Any) -> Compresse
 def apply(
     model: nn.Module, plan: Plan, methods: Any = METHODS, inputs: Any = None, **options: Any
 ) -> Compressed:
-    traced = TracedModel.of(model, inputs, keep_ends=False)
+    traced = TracedModel.of(model, inputs, include_ends=True)
     return apply_plan(traced, plan, methods, **options)
 
 
@@ -390,7 +390,7 @@ class TestModels:
         ) as caught:
             compress(model)
         assert "include_ends=True" in str(caught.value.hint)
-        assert compress(model, keep_ends=False).plan.moves
+        assert compress(model, include_ends=True).plan.moves
         with pytest.raises(UnsupportedError, match="no convolutional or linear layer"):
             compress(nn.Sequential(nn.BatchNorm1d(3)))
 

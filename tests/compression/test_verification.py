@@ -34,7 +34,7 @@ def _seeded() -> Iterator[None]:
 
 
 def factorized(model: nn.Module, *names: str, rank: int = 2) -> dict[Layer, nn.Sequential]:
-    layers = {layer.name: layer for layer in find_layers(model, keep_ends=False)}
+    layers = {layer.name: layer for layer in find_layers(model, include_ends=True)}
     weights, result = ModuleWeights(model), {}
     for name in names:
         prepared = prepare(layers[name], weights, "svd", METHODS["svd"], NO_EVIDENCE)
@@ -332,7 +332,7 @@ def test_model_and_inputs_stay_as_they_are(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_the_dense_weight_is_the_reconstruction(module: nn.Module, method: str) -> None:
     weights = ModuleWeights(model := nn.Sequential(module))
-    layer = find_layers(model, keep_ends=False)[0]
+    layer = find_layers(model, include_ends=True)[0]
     assert layer.spec is not None
     prepared = prepare(layer, weights, method, METHODS[method], NO_EVIDENCE)
     if prepared is None:

@@ -51,7 +51,7 @@ def tokens() -> Tensor:
 
 def factorized(model: nn.Module) -> dict[Layer, nn.Sequential]:
     result, weights = {}, ModuleWeights(model)
-    for layer in find_layers(model, keep_ends=False):
+    for layer in find_layers(model, include_ends=True):
         if layer.name in ("a", "b"):
             prepared = prepare(layer, weights, "svd", Svd(), NO_EVIDENCE)
             assert prepared is not None

@@ -74,7 +74,7 @@ def compressed(name: str, key: str, method: Decomposition) -> tuple[Compressed, 
         model = create().eval()
     inputs = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     grid, goal = Grid({key: method}, [RELATIVE]), Goal(0.6, calibration="none")
-    result = compress_model(TracedModel.of(model, inputs, keep_ends=False), grid, goal, greedy)
+    result = compress_model(TracedModel.of(model, inputs, include_ends=True), grid, goal, greedy)
     assert result.verified
     assert not result.put_back
     assert result.plan.moves
@@ -91,7 +91,7 @@ def check_saved(result: Compressed, inputs: Tensor, file: Path, format: str) -> 
     else:
         loaded = load_into(cls(), file).model.eval()
     assert torch.equal(loaded(inputs), result.model(inputs))
-    reasons = {layer.name: layer.reason for layer in find_layers(loaded, keep_ends=False)}
+    reasons = {layer.name: layer.reason for layer in find_layers(loaded, include_ends=True)}
     for move in result.plan.moves:
         module = loaded.get_submodule(move.layer)
         assert isinstance(module, nn.Sequential)

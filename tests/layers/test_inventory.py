@@ -294,7 +294,7 @@ def test_53_a_pattern_that_matches_nothing_suggests_close_names() -> None:
 
 def test_patterns_select() -> None:
     model = middle(nn.Linear(6, 6))
-    layers = table(model, patterns=["[02]"], keep_ends=False)
+    layers = table(model, patterns=["[02]"], include_ends=True)
     assert [layer.reason for layer in layers.values()] == [None, None, "not selected"]
 
 
@@ -351,7 +351,7 @@ class TestEnds:
         assert layers["body"].calls is layers["body"].macs is None
 
     def test_they_can_be_let_in(self) -> None:
-        layers = find_layers(Backwards(), inputs=Inputs((torch.randn(1, 4),)), keep_ends=False)
+        layers = find_layers(Backwards(), inputs=Inputs((torch.randn(1, 4),)), include_ends=True)
         assert [layer.reason for layer in layers] == [None] * 4
 
     def test_another_reason_comes_first(self) -> None:

@@ -204,7 +204,7 @@ class Reshaping(nn.Module):
 
 def test_a_linear_knows_its_leading_axes_where_its_calls_agree() -> None:
     model = Reshaping()
-    layers = find_layers(model, inputs=Inputs((torch.zeros(1, 3, 4),)), keep_ends=False)
+    layers = find_layers(model, inputs=Inputs((torch.zeros(1, 3, 4),)), include_ends=True)
     assert {a.name: a.spec.leading for a in layers if a.spec} == {"both": 1, "tokens": 2, "rows": 1}
-    unseen = find_layers(model, keep_ends=False)
+    unseen = find_layers(model, include_ends=True)
     assert {a.spec.leading for a in unseen if a.spec} == {1}

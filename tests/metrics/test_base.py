@@ -51,7 +51,7 @@ def images() -> Tensor:
 
 def scored(*metrics: Metric, batches: Sequence[Tensor] = ()) -> list[Candidate]:
     grid = Grid({"svd": Svd()}, metrics, (0.3, 0.6))
-    found = score(TracedModel.of(network(), keep_ends=False), grid, batches=batches)
+    found = score(TracedModel.of(network(), include_ends=True), grid, batches=batches)
     assert {candidate.layer for candidate in found} >= {"2", "4", "6"}
     return found
 

@@ -211,7 +211,7 @@ def test_a_layer_without_a_weight_tensor_has_no_norm() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten())
     packed = Layer("1", (), "Packed", None, 0)
     model[1].weight = lambda: None
-    assert set(weight_norms(model, [*find_layers(model, keep_ends=False), packed])) == {"0"}
+    assert set(weight_norms(model, [*find_layers(model, include_ends=True), packed])) == {"0"}
 
 
 def test_all_trials_see_the_same_images_with_the_class_shares_of_all() -> None:
