@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tdkit import arguments
 from tdkit.api import options
 from tdkit.calibration.moments import input_moments
-from tdkit.compression.scoring import blamed, prepare
+from tdkit.compression.scoring import Grid, blamed, prepare
 from tdkit.compression.scoring import factorize as factorized
 from tdkit.decompositions.base import Rank, count, unsupported
 from tdkit.errors import UnsupportedError, UsageError, option
@@ -98,7 +98,7 @@ def factorize(
             f"give {option('rank', 8)} or {option('keep', 0.25)}",
         )
     holder = nn.Sequential(layer)
-    (found,) = find_layers(holder, keep_ends=False)
+    (found,) = find_layers(holder, include_ends=True)
     if found.reason is not None:
         raise UnsupportedError(f"the layer cannot be decomposed: {found.reason}")
     registry = load_registry()
@@ -108,7 +108,10 @@ def factorize(
     moments = None
     if MOMENTS in how.needs and inputs is not None:
         moments = input_moments(holder, ["0"], [Inputs((inputs,))])["0"]
-    weights, evidence = ModuleWeights(holder), Evidence(arguments.seed(seed), moments)
+    # It refuses a keep, rule or seed that is none.
+    fractions = () if keep is None else arguments.keeps(keep)
+    grid = Grid({name: how}, (), fractions, rule, arguments.seed(seed))
+    weights, evidence = ModuleWeights(holder), Evidence(grid.seed, moments)
     assert found.spec is not None
     reason = unsupported(how, found.spec)
     if reason is not None:
@@ -116,7 +119,7 @@ def factorize(
     with blamed(name, found):
         prepared = prepare(found, weights, name, how, evidence)
         assert prepared is not None
-        wanted = prepared.rank(_fraction(keep), rule) if rank is None else rank
+        wanted = prepared.rank(fractions[0], grid.rule) if rank is None else rank
     chosen: Any = tuple(wanted) if isinstance(wanted, list) else wanted
     refined = prepared.refined(chosen)
     error = refined.error(chosen)
@@ -124,10 +127,3 @@ def factorize(
     after = count(refined.stages(chosen))
     distance = relative(error, refined.norm, found.spec.weight_parameters)
     return Factorization(module, name, chosen, distance, (found.parameters, after))
-
-
-def _fraction(keep: float | None) -> float:
-    (found,) = arguments.keeps(keep)
-    if not 0 < found <= 1:
-        raise UsageError(f"the keep {keep!r} is not a fraction above 0 and at most 1")
-    return found
