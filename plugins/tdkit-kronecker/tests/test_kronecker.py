@@ -19,9 +19,11 @@ from tdkit.checkpoint import load_model
 from tdkit.compression.scoring import factorize, prepare
 from tdkit.decompositions.base import layer_stages, prepared, unsupported
 from tdkit.errors import UsageError
+from tdkit.layers.evidence import Evidence
 from tdkit.layers.inventory import replace_layer
 from tdkit.layers.spec import LayerSpec, spec_of
 from tdkit.layers.stages import Flatten, Permute, Unflatten
+from tdkit.layers.weights import ModuleWeights
 from tdkit.registry import load_registry
 from tdkit.study.recipe import to_toml
 from tdkit.study.records import pack
@@ -181,12 +183,11 @@ def test_a_study_measures_what_the_factorized_model_gets_right(tmp_path: Path) -
     images, labels = next(iter(space.dataset.test.batches(60)))
     for measured in results.measurements:
         layer, module = layers[measured.trial.layer], copy.deepcopy(space.model)
-        found = prepare(layer, module.get_submodule(layer.name), "kronecker", METHOD, 3)
+        weights = ModuleWeights(module)
+        found = prepare(layer, weights, "kronecker", METHOD, Evidence(3))
         assert found is not None
         rank = measured.trial.rank
-        replace_layer(
-            module, layer, factorize(layer, module.get_submodule(layer.name), found, rank)
-        )
+        replace_layer(module, layer, factorize(layer, weights, found, rank))
         with torch.no_grad():
             correct = module(images).argmax(1) == labels
         assert measured.correct == pack(correct.numpy())
