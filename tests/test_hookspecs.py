@@ -7,6 +7,7 @@ import inspect
 import sys
 import textwrap
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -69,6 +70,14 @@ def test_every_field_of_a_record_is_described(hook) -> None:
 def test_an_example_imports_nothing_heavy_before_it_is_used(hook) -> None:
     top = [line for line in example(hook).splitlines() if line.startswith(("import ", "from "))]
     assert top == [f"from tdkit.hookspecs import {HOOKS[hook].__name__}, hookimpl"]
+
+
+@pytest.mark.parametrize("kind", ["decomposition", "metric", "cost"])
+def test_a_new_kind_takes_the_lines_that_the_guide_says(kind) -> None:
+    guide = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    lines = sum(bool(line.strip()) for line in example(f"tdkit_{kind}s").splitlines())
+    assert f"**A {kind}, {lines} lines.**" in guide
+    assert lines <= 40
 
 
 @pytest.mark.parametrize("record", ["tdkit_decompositions"], indirect=True)
