@@ -247,6 +247,7 @@ def resolve_methods(
     registry: Registry,
     names: Sequence[str] | None = None,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
+    planned: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Decomposition]:
     """Decompositions by name; without names, those that are meant to be used by default.
 
@@ -254,23 +255,37 @@ def resolve_methods(
         registry: Everything that can be named.
         names: Of methods.
         settings: By the name of a method, keywords of its constructor.
+        planned: Those of a plan, which hold where ``settings`` says nothing else.
 
     Raises:
         UsageError: If a name is unknown or not among those, or a setting does not fit its method.
     """
     from tdkit.decompositions.settings import create
 
-    records = registry.decompositions
+    records, planned = registry.decompositions, planned or {}
     chosen = [n for n, record in records.items() if record.default] if names is None else names
     found = {r.name: r for r in (lookup(records, name, "method") for name in chosen)}
-    given = {lookup(records, name, "method").name: s for name, s in (settings or {}).items()}
+    given = {lookup(records, n, "method").name: each for n, each in _named(settings).items()}
     for name in given:
         if name not in found:
             raise UsageError(
                 f"there are settings for {name}, which is not among the methods",
                 f"name it with {option('methods')}, or leave them out",
             )
-    return {name: create(record, given.get(name, {})) for name, record in found.items()}
+    merged = {name: {**planned.get(name, {}), **given.get(name, {})} for name in found}
+    return {name: create(record, merged[name]) for name, record in found.items()}
+
+
+def _named(settings: object) -> Mapping[str, Mapping[str, Any]]:
+    if settings is None:
+        return {}
+    if not isinstance(settings, Mapping) or not all(
+        isinstance(each, Mapping) for each in settings.values()
+    ):
+        raise UsageError(
+            f"settings are given by method, as {{'cp': {{'sweeps': 20}}}}, not as {settings!r}"
+        )
+    return settings
 
 
 def method_limits(registry: Registry, names: Sequence[str] | None = None) -> dict[str, float]:

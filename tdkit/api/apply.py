@@ -97,8 +97,7 @@ def apply(
     """
     start, registry, wanted = time.perf_counter(), load_registry(), arguments.plan(plan)
     names = sorted({move.method for move in wanted.moves})
-    planned = {name: wanted.settings.get(name, {}) for name in names}
-    methods = resolve_methods(registry, names, {**planned, **(settings or {})})
+    methods = resolve_methods(registry, names, settings, wanted.settings)
     versions = method_versions(registry, methods)
     title = plan_title(Path(plan)) if isinstance(plan, str | Path) else "planned"
     ending = Ending(finetune, learning_rate, resume, output, format, force, measure, batch_size)

@@ -62,9 +62,19 @@ def test_other_settings_and_versions_are_told(model) -> None:
     ]
 
 
+def test_one_setting_given_anew_leaves_the_plan_s_others(model) -> None:
+    plan = compressed(model, settings=UNIFORM).plan
+    other = tdkit.apply(plan, model, settings={"CP": {"sweeps": 3}}, measure=False)
+    assert other.plan.settings["cp"]["sweeps"] == 3
+    assert other.plan.settings["cp"]["start"] == "uniform"
+    assert differs(other.notes) == ["the plan was made with cp.sweeps=2, and is applied with 3"]
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
+        ({"cp": 3}, "settings are given by method"),
+        ("cp.sweeps=3", "settings are given by method"),
         ({"cp": {"sweps": 3}}, "cp has no setting 'sweps'"),
         ({"cp": {"sweeps": "3"}}, "the setting sweeps of cp is a whole number, not '3'"),
         ({"cp": {"sweeps": -3}}, "the setting sweeps must be at least 0, not -3"),
