@@ -1,4 +1,4 @@
-"""Settings of methods: what a constructor takes, given by name and checked before it is called."""
+"""Settings of methods: what a constructor takes, by name and of the kind of its default."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from tdkit.recipes import Setting
 # Where a method remembers what it was given.
 _GIVEN = "_tdkit_settings"
 
+# Where it remembers which it could have been given.
+_TAKEN = "_tdkit_taken"
+
 
 def settings_of(method: Decomposition) -> dict[str, Setting]:
     """What a method was created with, as far as it is plain: its defaults count as well.
 
     That is what :func:`create` was given, and what the method keeps under the names of its
-    constructor's keywords.
+    constructor's keywords. Of a method that :func:`create` made these are only what its record
+    takes, so that whoever creates it anew can hand all of them over.
     """
-    known = _keywords(type(method))
+    known = vars(method).get(_TAKEN, _keywords(type(method)))
     kept = {key: value for key, value in traits_of(method).items() if key in known}
     return {**vars(method).get(_GIVEN, {}), **kept}
 
@@ -60,22 +64,26 @@ def create(record: DecompositionRecord, settings: Mapping[str, Setting]) -> Deco
         UsageError: If there is no such keyword, or its value is refused; the message names those
             that there are.
     """
-    if not settings:
-        return record.create()
     known = _taken(record)
     for key, value in settings.items():
         if key not in known:
             there = f"it has {', '.join(known)}" if known else "it has none"
             raise UsageError(f"{record.name} has no setting {key!r}", there)
         _check(record.name, key, value, known[key].default)
+    made = _made(record, settings) if settings else record.create()
+    if settings:
+        vars(made)[_GIVEN] = dict(settings)
+    vars(made)[_TAKEN] = frozenset(known).intersection(_keywords(type(made)))
+    return made
+
+
+def _made(record: DecompositionRecord, settings: Mapping[str, Setting]) -> Decomposition:
     try:
-        made = record.create(**settings)
+        return record.create(**settings)
     except (TypeError, ValueError) as error:
         raise UsageError(
             f"{record.name} does not take the settings {_listed(settings)}: {first_line(error)}"
         ) from error
-    vars(made)[_GIVEN] = dict(settings)
-    return made
 
 
 def _taken(record: DecompositionRecord) -> dict[str, inspect.Parameter]:

@@ -131,3 +131,20 @@ def test_settings_go_to_the_methods_that_are_used() -> None:
         resolve_methods(registry, ["svd"], {"cp": {"sweeps": 9}})
     with pytest.raises(UsageError, match="no method named 'pc'"):
         resolve_methods(registry, ["svd"], {"pc": {}})
+
+
+@pytest.mark.parametrize(
+    ("record", "kept"),
+    [
+        (DecompositionRecord("my", "takes nothing", lambda: Of(whole=4)), {}),
+        (DecompositionRecord("my", "takes some", lambda whole=4: Of(whole)), {"whole": 4}),
+        (DecompositionRecord("my", "takes all", lambda **given: Of(**given)), settings_of(Of())),
+    ],
+    ids=lambda value: value.summary if isinstance(value, DecompositionRecord) else "",
+)
+def test_only_what_the_record_takes_is_remembered(
+    record: DecompositionRecord, kept: dict[str, Any]
+) -> None:
+    made = create(record, {})
+    assert settings_of(made) == kept
+    assert settings_of(create(record, settings_of(made))) == kept
