@@ -51,7 +51,7 @@ def feature_errors(
 
     Raises:
         UnsupportedError: If the model does not run on the data.
-        UnlawfulError: If a metric fails or gives a negative error.
+        UnlawfulError: If a metric fails, or gives a negative error or none of finite norms.
         NotFiniteError: If a layer's features are not finite, whatever stands in for it.
     """
     watched = {
@@ -138,7 +138,7 @@ class Watched:
 
         Raises:
             NotFiniteError: If the layer's features are not finite.
-            UnlawfulError: If a metric fails or gives a negative error.
+            UnlawfulError: If a metric fails, or gives a negative error or none of finite norms.
         """
         norms, *errors = torch.cat(self._norms, dim=1).tolist()
         if not all(map(math.isfinite, norms)):
@@ -156,7 +156,7 @@ class Watched:
         if metric.value is None:
             return sums[metric.name] / self.samples
         samples = map(Difference, errors, norms, self._sizes)
-        return sum(_lawful(metric, metric.of(sample)) for sample in samples) / self.samples
+        return sum(_lawful(metric, sample) for sample in samples) / self.samples
 
     def _compare(self, features: Tensor, replaced: Tensor, sums: dict[str, float]) -> None:
         """Add up what metrics say that look at the features of each sample, (channels, ...)."""
@@ -165,12 +165,14 @@ class Watched:
             both = partial(_both, one, other)
             difference = Difference(gap, norm, one.numel(), self.evidence, both)
             for metric in self._comparing:
-                sums[metric.name] += _lawful(metric, metric.of(difference))
+                sums[metric.name] += _lawful(metric, difference)
 
 
-def _lawful(metric: Metric, error: float) -> float:
-    """The error of a sample; what is no finite number may be the fault of the stand-in's."""
-    return metric.check(error) if error < 0 else error
+def _lawful(metric: Metric, sample: Difference) -> float:
+    """The error of a sample; of norms that are no finite numbers it need not be one either."""
+    error = metric.of(sample)
+    finite = math.isfinite(sample.error) and math.isfinite(sample.norm)
+    return metric.check(error) if finite or error < 0 else error
 
 
 def _both(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

@@ -114,6 +114,16 @@ def test_an_error_that_is_no_number_is_the_metrics_where_the_methods_is_one(valu
         scored(Metric("odd", "weights", lambda e, n, s: value))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "way", [{"value": lambda value: lambda *_: value}, {"compare": lambda value: lambda _: value}]
+)
+def test_so_it_is_where_the_features_are_finite(value: float, way: dict[str, Any]) -> None:
+    metric = Metric("odd", "features", **{key: make(value) for key, make in way.items()})
+    with pytest.raises(UnlawfulError, match=r"the metric odd gives (nan|inf), and an error is"):
+        scored(metric, batches=[images()])
+
+
 def candidate(layer: str, saving: int, error: float) -> Candidate:
     costs = {"params": Change(1000, 1000 - saving)}
     return Candidate(layer, "svd", 1, 0.5, costs, {"mine": error})
