@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import IO, Any, cast
 
 import torch
@@ -19,6 +19,7 @@ from tdkit.forward.inputs import Inputs
 from tdkit.tables import Table, number, percent
 from tdkit.training.loop import evaluate
 
+# Of tdkit's own costs.
 _TITLES = {"params": "parameters", "macs": "MACs per input"}
 
 
@@ -80,10 +81,16 @@ class Report:
         return [*rows, _accuracy(f"{name} ({images})", dense, small)]
 
     def to_json(self) -> dict[str, Any]:
-        """The totals as JSON values, ``{name}_before`` and ``{name}_after`` each."""
+        """The totals as JSON values, ``{name}_before`` and ``{name}_after`` each.
+
+        Costs of plugins are under ``costs`` by their names, which may be those of other totals.
+        """
         latency = self.latency
+        own = {name: found for name, found in self.costs.items() if name in _TITLES}
+        others = {name: found for name, found in self.costs.items() if name not in _TITLES}
         return {
-            **to_json(self.costs),
+            **to_json(own),
+            "costs": {name: found and asdict(found) for name, found in others.items()},
             **_pair("bytes", self.bytes),
             **_pair("accuracy", self.accuracy),
             "accuracy_compressed": self.compressed,

@@ -1,5 +1,7 @@
 """What is told of a compression, beyond what the commands' tests see."""
 
+import json
+
 import pytest
 
 from tdkit.compression.report import Report, near_chance
@@ -34,3 +36,23 @@ def test_an_accuracy_near_chance_is_doubted(
     doubt = near_chance(report(accuracy, images), classes)
     assert (doubt is not None) is doubted
     assert not doubted or f"{accuracy:.2%} of {images:,} images" in str(doubt)
+
+
+def test_costs_of_plugins_are_apart_from_other_totals() -> None:
+    costs = {
+        "params": Change(9, 3),
+        "macs": None,
+        "bytes": Change(8, 4),
+        "accuracy": Change(2, 1),
+        "mine": None,
+    }
+    value = json.loads(json.dumps(Report(costs, (36, 12), accuracy=(0.9, 0.8)).to_json()))
+    assert (value["bytes_before"], value["bytes_after"]) == (36, 12)
+    assert (value["accuracy_before"], value["accuracy_after"]) == (0.9, 0.8)
+    assert (value["params_before"], value["params_after"]) == (9, 3)
+    assert (value["macs_before"], value["macs_after"]) == (None, None)
+    assert value["costs"] == {
+        "bytes": {"before": 8, "after": 4},
+        "accuracy": {"before": 2, "after": 1},
+        "mine": None,
+    }
