@@ -320,6 +320,8 @@ def _outputs(
     try:
         with trial(model, training), _Wide() if wide else nullcontext():
             found = _tensors((inputs.map(_wide_tensor) if wide else inputs).run(model))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise  # it says nothing of the layer
     except Exception as error:  # a model may fail in any way
         return first_line(error)
     return found or "there is no tensor among its outputs"

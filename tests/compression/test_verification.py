@@ -264,6 +264,20 @@ class TestWrongModels:
         assert list(found) == ["2"]
         assert "shape (2, 6, 3) instead of (2, 6, 5)" in found["2"]
 
+    @pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+    @pytest.mark.parametrize("replaced", [True, False])
+    def test_a_lack_of_memory_is_not_the_layers(
+        self, error: type[Exception], replaced: bool
+    ) -> None:
+        class Hungry(Base):
+            def forward(self, x: Tensor) -> Tensor:
+                if not replaced or not isinstance(self.b, nn.Linear):
+                    raise error("no room")
+                return super().forward(x)
+
+        with pytest.raises(error, match="no room"):
+            broken(Hungry())
+
     def test_layers_that_are_only_wrong_together(self) -> None:
         class Fussy(Base):
             def forward(self, x: Tensor) -> Any:
