@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from tdkit.costs.base import Cost, unknown_cost
-from tdkit.errors import UsageError, option
+from tdkit.errors import UnlawfulError, UsageError, option
 from tdkit.metrics.base import Metric, penalties
 from tdkit.planners.base import Option, Planner, UnreachableError
 from tdkit.planners.candidate import Candidate
@@ -35,6 +35,8 @@ def choose(
     Raises:
         UsageError: If the budget is out of reach, which names the smallest reachable one; if the
             cost is unknown; or if an error is negative.
+        UnlawfulError: If what the planner gives is no choice of the options, takes two of one
+            layer, or saves too little; the message names the planner.
     """
     added = penalties([c.errors[metric.name] for c in candidates], metric.penalty)
     options = [
@@ -53,7 +55,29 @@ def choose(
             f"score lower {option('keeps')} or more {option('methods')}, or let the first and the"
             f" last layer in with {option('include_ends', True)}",
         ) from error
+    _check(planner, chosen, options, total - allowed)
     return [candidates[option.index] for option in chosen]
+
+
+def _check(
+    planner: Planner, chosen: Sequence[Option], options: Sequence[Option], needed: int
+) -> None:
+    """Hold a choice against what a planner, which may be a plugin's, promises."""
+    name = getattr(planner, "__name__", type(planner).__name__)
+    known = set(options)
+    if not isinstance(chosen, Sequence) or not all(
+        isinstance(each, Option) and each in known for each in chosen
+    ):
+        raise UnlawfulError(f"the planner {name} gives what is no choice of its options")
+    layers = [each.layer for each in chosen]
+    twice = next((layer for layer in layers if layers.count(layer) > 1), None)
+    if twice is not None:
+        raise UnlawfulError(f"the planner {name} takes two options of the layer {twice!r}")
+    saved = sum(each.saving for each in chosen)
+    if saved < needed:
+        raise UnlawfulError(
+            f"the planner {name} saves {saved:,} of the {needed:,} that the budget asks for"
+        )
 
 
 def _saving(candidate: Candidate, cost: Cost) -> int:

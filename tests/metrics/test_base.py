@@ -145,6 +145,30 @@ def test_errors_below_zero_never_reach_a_planner(penalty: str) -> None:
         pick([candidate("a", 500, 0.1), candidate("b", 500, -12.0)], mine(penalty), 0.97)
 
 
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        (lambda options: [], "saves 0 of the 300 that the budget asks for"),
+        (lambda options: options[2:], "saves 100 of the 300 that the budget"),
+        (lambda options: options[:2], "takes two options of the layer 'a'"),
+        (lambda options: [options[0], options[0]], "takes two options of the layer 'a'"),
+        (lambda options: [Option("c", 900, 0.0, 0)], "gives what is no choice of its options"),
+        (lambda options: [*options[:1], "b"], "gives what is no choice of its options"),
+        (lambda options: [[]], "gives what is no choice of its options"),
+        (lambda options: None, "gives what is no choice of its options"),
+    ],
+)
+def test_a_planner_that_breaks_its_word_is_told_by_its_name(choice: Any, message: str) -> None:
+    def cheat(options: Sequence[Option], needed: int) -> Any:
+        return choice(list(options))
+
+    found = [candidate("a", 250, 0.4), candidate("a", 200, 0.1), candidate("b", 100, 0.2)]
+    with pytest.raises(UnlawfulError, match=f"^the planner cheat {message}"):
+        pick(found, mine("squares"), 0.97, cheat)
+    kept = pick(found, mine("squares"), 0.97, lambda options, needed: options[::2])
+    assert kept == found[::2]
+
+
 def test_by_what_errors_add_up_decides() -> None:
     large, halves = candidate("a", 200, 0.6), [candidate(name, 100, 0.4) for name in "bc"]
     assert pick([large, *halves], mine("squares"), 0.98) == halves
