@@ -15,10 +15,10 @@ CASES = 200
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the option ``cases``."""
+    """Add the option ``--cases``."""
     group = parser.getgroup("tdkit", "the laws of tdkit.testing")
     group.addoption(
-        2 * "-" + "cases",
+        "--cases",  # an option of pytest, which spells it so, and none of tdkit's
         type=int,
         default=CASES,
         metavar="N",

@@ -1,4 +1,7 @@
-"""The command line: thin commands over the library; only here typer and rich."""
+"""The command line: thin commands over the library.
+
+Only here typer, and rich but for the bar that :mod:`tdkit.progress` shows.
+"""
 
 from __future__ import annotations
 
