@@ -65,6 +65,10 @@ class Opened:
         """A short name for files made from the model."""
         return Path(self.loaded.source).stem
 
+    def of(self, model: nn.Module) -> Opened:
+        """The same, of a model that was made from this one, which is then not kept."""
+        return replace(self, loaded=replace(self.loaded, model=model), model=model)
+
     def require_shape(self, purpose: str) -> None:
         """Refuse what takes a forward pass when the shape of the input is unknown.
 
@@ -109,24 +113,29 @@ def open_model(source: Source, registry: Registry, dataset: Dataset | None = Non
     return Opened(loaded, unwrap(loaded.model).to(device), shape, notes)
 
 
-def open_module(model: nn.Module, source: Source, device: str | None = None) -> Opened:
-    """A model that is handed over, as it is.
+def open_module(
+    model: nn.Module, source: Source, device: str | None = None, *, inplace: bool = False
+) -> Opened:
+    """A model that is handed over, as it is; a copy of it where it has to move.
 
     Args:
         model: Any module.
         source: What the caller says of it.
-        device: Where to move it; None leaves it where it is.
+        device: Where to work; None is where the model is.
+        inplace: Move the module itself.
 
     Raises:
-        UsageError: If it is no module.
-        UnsupportedError: If it is a TorchScript module.
+        UsageError: If it is no module, or the device is not there.
+        UnsupportedError: If it is a TorchScript module, or has to move and cannot be copied.
     """
     from tdkit.checkpoint import LoadedModel
-    from tdkit.forward.copying import plain_module
+    from tdkit.forward.copying import own_copy, plain_module
 
     plain = plain_module(model)
     if device is not None:
-        plain = plain.to(pick_device(device))
+        target = pick_device(device)
+        if any(each.device.type != target.type for each in (*plain.parameters(), *plain.buffers())):
+            plain = (plain if inplace else own_copy(plain)).to(target)
     loaded = LoadedModel(model=plain, source=type(plain).__name__, format="module")
     return Opened(loaded, plain, source.input_shape, ())
 

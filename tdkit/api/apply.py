@@ -10,18 +10,22 @@ from typing import Any
 
 from tdkit import arguments
 from tdkit.api import options
-from tdkit.api.compress import REPLACING, Settings, trace
+from tdkit.api.compress import REPLACING, Settings, traced_subject
 from tdkit.api.compression import Compression, Ending, finish
 from tdkit.api.files import plan_title
 from tdkit.api.subject import Given, Model, open_subject
 from tdkit.compression.compress import apply_plan
 from tdkit.compression.plan import Plan
 from tdkit.compression.report import state_bytes
+from tdkit.compression.scoring import looks_at_data
+from tdkit.costs.base import Cost
+from tdkit.costs.macs import MACS
+from tdkit.costs.params import PARAMS
 from tdkit.decompositions.base import Decomposition
 from tdkit.decompositions.settings import settings_of
 from tdkit.errors import UnsupportedError, command
 from tdkit.progress import Progress, listening
-from tdkit.registry import load_registry, method_versions, resolve_methods
+from tdkit.registry import Registry, load_registry, method_versions, resolve_methods
 
 
 def apply(
@@ -113,21 +117,24 @@ def apply(
         device,
         # The plan's seed, so that random weights are those that the plan was made for.
         wanted.seed,
+        inplace,
     )
     subject = open_subject(model, registry, given)
     default = f"{subject.opened.name}-{title}"
-    prepared = ending.prepare(subject, default, [model, plan], wanted.seed)
+    ready = ending.check(subject, default, [model, plan], wanted.seed)
     how = subject.settle(calibration, wanted.calibration)
     with listening(progress) as update:
-        traced = trace(subject, (), True, inplace, measure)
+        traced = traced_subject(subject, (), True, inplace, ready)
         before = state_bytes(traced.model)
+        batches, images = subject.looked_at(looks_at_data(methods, ()), how, samples)
         update(REPLACING, 0, 0)
         result = apply_plan(
             traced,
             replace(wanted, calibration=how),
             methods,
-            batches=subject.features(samples),
-            calibration=subject.calibration(how, samples),
+            batches=batches,
+            calibration=images,
+            costs=_costs(wanted, registry),
         )
         update(REPLACING, 1, 1)
         if result.put_back and not result.plan.moves:
@@ -138,7 +145,7 @@ def apply(
             )
         now = replace(result.plan, settings=_settings(methods), versions=versions)
         result = replace(result, plan=now)
-        done = finish(subject, traced, result, prepared, before, start, update, say, note)
+        done = finish(subject, traced, result, ready, before, start, update, say, note)
     return replace(done, notes=(*done.notes, *differences(wanted, methods, versions)))
 
 
@@ -160,6 +167,14 @@ def differences(
         if version != now:
             notes.append(f"the plan was made with {name} {version}, and is applied with {now}")
     return notes
+
+
+def _costs(plan: Plan, registry: Registry) -> list[Cost]:
+    """What is reported: the usual costs, and the one that the plan was made for, if it is there."""
+    known: dict[str, Cost] = {cost.name: cost for cost in (PARAMS, MACS)}
+    if plan.cost in registry.costs:
+        known.setdefault(plan.cost, registry.costs[plan.cost].create())
+    return list(known.values())
 
 
 def _settings(methods: Mapping[str, Decomposition]) -> dict[str, Mapping[str, Any]]:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tdkit import arguments
 from tdkit.api import options
-from tdkit.api.compression import Compression, Ending, finish
+from tdkit.api.compression import Compression, Ending, Ready, finish
 from tdkit.api.subject import Given, Model, Subject, open_subject
 from tdkit.compression.compress import Goal, compress_model
 from tdkit.compression.report import state_bytes
-from tdkit.compression.scoring import COMPRESSION_KEEPS, Grid
+from tdkit.compression.scoring import COMPRESSION_KEEPS, Grid, looks_at_data
 from tdkit.costs.base import CALLS, unknown_cost
+from tdkit.costs.uncounted import left_out, outside_macs
 from tdkit.forward.copying import refuse_uncopyable, shared_copy
 from tdkit.layers.traced import TracedModel
 from tdkit.layers.weights import ModuleWeights
@@ -65,6 +67,7 @@ def compress(
     measure: bool = True,
     batch_size: int = options.BATCH_SIZE,
     inplace: bool = False,
+    dry_run: bool = False,
     progress: Progress | bool = False,
     say: Callable[[str], None] = lambda text: None,
     note: Callable[[str], None] | None = None,
@@ -122,6 +125,8 @@ def compress(
         batch_size: Inputs of a timed pass.
         inplace: Compress the module itself. Above the model it then takes a quarter of its size
             and the largest layer's own work; nothing is timed.
+        dry_run: Refuse what could not be done at the end, and do none of it: nothing is
+            fine-tuned, written or measured.
         progress: A callback, or True for a bar.
         say: Called with each line on the progress of a fine-tuning.
         note: Called before a fine-tuning with what the user should know of it; it is in ``notes``
@@ -152,7 +157,17 @@ def compress(
         limits=method_limits(registry, wanted),
         versions=method_versions(registry, found),
     )
-    ending = Ending(finetune, learning_rate, resume, output, format, force, measure, batch_size)
+    ending = Ending(
+        finetune,
+        learning_rate,
+        resume,
+        output,
+        format,
+        force,
+        measure and not dry_run,
+        batch_size,
+        dry_run,
+    )
     given = Given(
         arch,
         weights,
@@ -164,27 +179,30 @@ def compress(
         data_root,
         device,
         seed,
+        inplace,
     )
     subject = open_subject(model, registry, given)
     if CALLS in goal.cost.needs and not subject.runs:
         raise unknown_cost(goal.cost)
-    prepared = ending.prepare(subject, f"{subject.opened.name}-{goal.budget:g}", [model])
+    ready = ending.check(subject, f"{subject.opened.name}-{goal.budget:g}", [model], grid.seed)
     how = subject.settle(calibration)
     patterns = arguments.names(layers, "layers")
     with listening(progress) as update:
-        traced = trace(subject, patterns, include_ends, inplace, measure)
+        traced = traced_subject(subject, patterns, include_ends, inplace, ready)
         before = state_bytes(traced.model)
+        needed = looks_at_data(grid.methods, grid.metrics)
+        batches, images = subject.looked_at(needed, how, samples)
         result = compress_model(
             traced,
             grid,
             Goal(goal.budget, goal.cost, goal.metric, goal.planner, how),
             chooser.create(),
-            batches=subject.features(samples),
-            calibration=subject.calibration(how, samples),
+            batches=batches,
+            calibration=images,
             progress=lambda done, total: _update(update, done, total),
         )
         update(REPLACING, 1, 1)
-        return finish(subject, traced, result, prepared, before, start, update, say, note)
+        return finish(subject, traced, result, ready, before, start, update, say, note)
 
 
 REPLACING = "replacing, verifying, calibrating"
@@ -197,12 +215,12 @@ def _update(progress: Progress, done: int, total: int) -> None:
         progress(REPLACING, 0, 0)
 
 
-def trace(
+def traced_subject(
     subject: Subject,
     patterns: Sequence[str],
     include_ends: bool,
     inplace: bool,
-    measure: bool,
+    ready: Ready,
 ) -> TracedModel:
     """Look at a model once; the dense one stays at hand where it is to be measured.
 
@@ -211,18 +229,21 @@ def trace(
         patterns: Shell patterns of the layers to consider.
         include_ends: Let the first and the last layer be factorized too.
         inplace: Whether the caller gives the model away.
-        measure: Whether the dense model is needed to the end.
+        ready: What is to be done at the end, for which the dense model may be needed.
 
     Raises:
         UnsupportedError: If the model cannot be copied or run.
     """
     own = subject.owned or inplace
     weights = None
-    if own and measure and not inplace:
-        # The dense model beside the compressed one takes no more than what is replaced.
+    if own and ready.ending.measure and not inplace:
+        # The dense model beside the compressed one takes no more than what is replaced, unless
+        # all of that is trained on.
         refuse_uncopyable(subject.model)
-        weights = ModuleWeights(shared_copy(subject.model, own=list(subject.model.buffers())))
-    return TracedModel.of(
+        trained = [] if ready.tuning is None else list(subject.model.parameters())
+        apart = [*trained, *subject.model.buffers()]
+        weights = ModuleWeights(shared_copy(subject.model, own=apart))
+    traced = TracedModel.of(
         subject.model,
         subject.inputs(),
         patterns=patterns,
@@ -230,3 +251,8 @@ def trace(
         inplace=own,
         weights=weights,
     )
+    if traced.sample is None:
+        return traced
+    # While the layers are those that were counted.
+    told = left_out(outside_macs(traced.model, traced.layers, traced.sample), traced.layers)
+    return traced if told is None else replace(traced, notes=(*traced.notes, told))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,7 @@ from tdkit.api.subject import Subject
 from tdkit.compression.compress import Compressed, larger_than_dense
 from tdkit.compression.plan import Plan
 from tdkit.compression.report import Report, measure, near_chance
-from tdkit.costs.uncounted import left_out, outside_macs
-from tdkit.errors import UsageError, option
+from tdkit.errors import UsageError, noted, option
 from tdkit.layers.inventory import Layer
 from tdkit.layers.stages import Stage
 from tdkit.layers.traced import TracedModel
@@ -53,7 +53,7 @@ class Compression:
         uncalibrated: Why it is not, where the plan asks for it.
         seconds: How long it took.
         written: The file that it was written to, where one was asked for.
-        opened: What it was made from.
+        opened: What is known of the model that it was made from, which it does not keep.
         training: What is known about the training of the model.
     """
 
@@ -158,10 +158,9 @@ class Ending:
     force: bool
     measure: bool
     batch_size: int
+    dry_run: bool = False
 
-    def prepare(
-        self, subject: Subject, default: str, inputs: Sequence[Any], seed: int | None = None
-    ) -> Prepared:
+    def check(self, subject: Subject, default: str, inputs: Sequence[Any], seed: int) -> Ready:
         """Refuse, before any work, what could not be done at the end.
 
         Args:
@@ -194,11 +193,11 @@ class Ending:
                 subject.opened.loaded.training,
                 subject.dataset,
                 settings,
-                subject_seed(subject, seed),
+                seed % 2**63,
                 resume,
                 files,
             )
-        return Prepared(self, destination, tuning)
+        return Ready(self, destination, tuning)
 
     def _settings(self) -> FinetuneSettings | None:
         if self.finetune is not None:
@@ -212,13 +211,8 @@ class Ending:
         return None
 
 
-def subject_seed(subject: Subject, seed: int | None) -> int:
-    """The seed of a fine-tuning."""
-    return (seed or 0) % 2**63
-
-
 @dataclass(frozen=True)
-class Prepared:
+class Ready:
     """An ending that can be done: what it needs is there."""
 
     ending: Ending
@@ -230,7 +224,7 @@ def finish(
     subject: Subject,
     traced: TracedModel,
     result: Compressed,
-    prepared: Prepared,
+    ready: Ready,
     bytes_before: int,
     start: float,
     progress: Progress,
@@ -245,16 +239,17 @@ def finish(
         subject: The dense model and its data.
         traced: What was compressed.
         result: Its compression.
-        prepared: What is to be done with it.
+        ready: What is to be done with it.
         bytes_before: Of the dense model's state_dict.
         start: When the job started, in seconds.
         progress: Called with the progress.
         say: Called with each line of a fine-tuning.
         note: Called beforehand with what the user should know of it; it is in the notes if None.
     """
-    ending, tuned, notes = prepared.ending, None, list(_notes(subject, traced, result))
-    if prepared.tuning is not None:
-        tuned = prepared.tuning.run(result.model, progress, say, note or notes.append)
+    ending, tuned, notes = ready.ending, None, list(_notes(subject, traced, result))
+    destination = None if ending.dry_run else ready.destination
+    if ready.tuning is not None and not ending.dry_run:
+        tuned = ready.tuning.run(result.model, progress, say, note or notes.append)
     compression = Compression(
         model=result.model,
         plan=result.plan,
@@ -268,19 +263,33 @@ def finish(
         calibration=result.calibrated,
         uncalibrated=result.uncalibrated,
         seconds=0.0,
-        written=prepared.destination,
-        opened=subject.opened,
+        written=destination,
+        opened=subject.opened.of(result.model),
         training=subject.opened.loaded.training if tuned is None else tuned.training,
     )
-    if prepared.destination is not None:
-        write(compression, prepared.destination)
-    report, doubts = _measured(subject, traced, compression, bytes_before, ending, progress, tuned)
+    if destination is not None:
+        write(compression, destination)
+    with _told_where(destination):
+        report, doubts = _measured(
+            subject, traced, compression, bytes_before, ending, progress, tuned
+        )
     return replace(
         compression,
         report=report,
         notes=(*doubts, *notes),
         seconds=time.perf_counter() - start,
     )
+
+
+@contextmanager
+def _told_where(written: Destination | None) -> Iterator[None]:
+    """Note on whatever is raised meanwhile that the model is written all the same."""
+    try:
+        yield
+    except BaseException as stop:
+        if written is not None:
+            noted(stop, f"the model is written to {written.path} all the same")
+        raise
 
 
 def _measured(
@@ -329,10 +338,6 @@ def _notes(subject: Subject, traced: TracedModel, result: Compressed) -> Sequenc
     if not result.plan.moves:
         notes.append("nothing was replaced")
     notes += [f"the plan makes the layer {name} larger" for name in larger_than_dense(result)]
-    dense = _dense(traced)
-    if traced.sample is not None and dense is not None:
-        told = left_out(outside_macs(dense, result.layers, traced.sample), result.layers)
-        notes += [told] if told is not None else []
     if not result.verified:
         undone = "verified, calibrated" if result.uncalibrated else "verified"
         shape = option("input_shape", (3, 224, 224))

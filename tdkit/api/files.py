@@ -23,6 +23,7 @@ from tdkit.checkpoint import (
 from tdkit.checkpoint.reading import LoadedModel
 from tdkit.errors import UsageError
 from tdkit.forward.copying import plain_module, require_module
+from tdkit.forward.placement import on_cpu
 from tdkit.layers.stages import Stage
 from tdkit.opening import Opened
 from tdkit.registry import load_registry, resolve_stages
@@ -249,7 +250,7 @@ def write_model(
 
     Args:
         opened: What it was made from.
-        model: The model; it is moved to the CPU.
+        model: The model, which stays where it is.
         destination: Where it goes.
         plan: The plan that it carries.
         structure: The stages of its replaced layers, besides those that it came with.
@@ -259,19 +260,20 @@ def write_model(
         UnsupportedError: If the model cannot be written in this format.
         StorageError: If the file cannot be written.
     """
-    save_model(
-        model.cpu(),
-        destination.path,
-        format=destination.format,
-        force=destination.force,
-        inputs=destination.inputs,
-        plan=plan,
-        structure={**opened.loaded.structure, **structure},
-        arch=opened.loaded.arch,
-        input_shape=opened.shape,
-        arch_options=opened.loaded.arch_options,
-        training=training,
-    )
+    with on_cpu(model):
+        save_model(
+            model,
+            destination.path,
+            format=destination.format,
+            force=destination.force,
+            inputs=destination.inputs,
+            plan=plan,
+            structure={**opened.loaded.structure, **structure},
+            arch=opened.loaded.arch,
+            input_shape=opened.shape,
+            arch_options=opened.loaded.arch_options,
+            training=training,
+        )
 
 
 def _is_same(path: Path, source: Path) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 from tdkit.api import options
 from tdkit.api.compress import compress
 from tdkit.api.score import Scores
-from tdkit.api.subject import Model
+from tdkit.api.subject import Model, settled
 from tdkit.compression.compress import Goal, make_plan
 from tdkit.compression.plan import Plan
 from tdkit.errors import UsageError
@@ -21,12 +21,15 @@ def plan(
     cost: str = options.COST,
     metric: str = options.METRIC,
     planner: str = options.PLANNER,
+    calibration: str = options.CALIBRATION,
     **more: Any,
 ) -> Plan:
     """Plan a compression: which layers become what.
 
     Of a model it is verified like a compression, so that it can be applied as it is. Of scores it
-    takes milliseconds, and any number of budgets can be planned from one scoring.
+    takes milliseconds, and any number of budgets can be planned from one scoring; it is then made
+    of whatever was scored, where :func:`compress` by default takes some methods at small keeps
+    only and others not at all.
 
     Args:
         model: A module, a file, a registered name, or what :func:`score` returned.
@@ -34,6 +37,7 @@ def plan(
         cost: What the budget counts.
         metric: The error whose penalties, summed over layers, are kept small.
         planner: The name of the planner.
+        calibration: What BatchNorm is to be fitted on; of scores, ``auto`` is noise.
         **more: Of a model, whatever else :func:`compress` takes.
 
     Raises:
@@ -41,10 +45,8 @@ def plan(
         UnsupportedError: If the model cannot be copied, run or compressed.
     """
     if not isinstance(model, Scores):
-        done = compress(
-            model, budget, cost=cost, metric=metric, planner=planner, measure=False, **more
-        )
-        return done.plan
+        more |= {"metric": metric, "planner": planner, "calibration": calibration}
+        return compress(model, budget, cost=cost, dry_run=True, **more).plan
     if more:
         raise UsageError(
             f"{', '.join(more)} belong to the scoring, which is done",
@@ -57,6 +59,7 @@ def plan(
         lookup(registry.costs, cost, "cost").create(),
         lookup(registry.metrics, metric, "metric").create(),
         chooser.name,
+        settled(calibration, "noise"),
     )
     total = model.totals.get(goal.cost.name)
     if total is None or not all(goal.metric.name in c.errors for c in model.candidates):

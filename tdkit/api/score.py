@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tdkit import arguments
 from tdkit.api import options
-from tdkit.api.compress import Settings, trace
+from tdkit.api.compress import Settings
 from tdkit.api.files import DEFAULT
 from tdkit.api.subject import Given, Model, open_subject
 from tdkit.compression.compress import refuse_closed
-from tdkit.compression.scoring import PAPER_KEEPS, Grid
+from tdkit.compression.scoring import PAPER_KEEPS, Grid, looks_at_data
 from tdkit.compression.scoring import score as score_candidates
-from tdkit.costs.base import CALLS, total_cost
+from tdkit.costs.base import CALLS, Cost, total_cost
+from tdkit.errors import first_line
 from tdkit.files import atomic_write, check_writable
+from tdkit.layers.traced import TracedModel
 from tdkit.planners.candidate import Candidate, to_json
 from tdkit.progress import Progress, listening
-from tdkit.registry import load_registry, lookup, method_versions, resolve_methods
+from tdkit.registry import Registry, load_registry, lookup, method_versions, resolve_methods
 from tdkit.tables import Table, sizes
 
 
@@ -157,7 +161,6 @@ def score(
         PAPER_KEEPS if keeps is None else arguments.keeps(keeps),
         rule,
         arguments.seed(seed),
-        costs=[record.create() for record in registry.costs.values()],
         versions=method_versions(registry, chosen),
     )
     given = Given(
@@ -179,31 +182,56 @@ def score(
         check_writable(path, force=force, inputs=[source])
     with listening(progress) as update:
         patterns = arguments.names(layers, "layers")
-        traced = trace(subject, patterns, include_ends, inplace=False, measure=False)
+        looks = looks_at_data(grid.methods, grid.metrics)
+        traced = TracedModel.of(
+            subject.model,
+            subject.inputs(),
+            patterns=patterns,
+            include_ends=include_ends,
+            inplace=subject.owned,
+            # What only reads the weights needs no copy of them.
+            readonly=not looks,
+        )
         refuse_closed(traced.layers)
+        totals, costs, doubts = _totals(traced, registry)
+        grid = replace(grid, costs=costs)
         candidates = score_candidates(
             traced,
             grid,
-            batches=subject.features(samples),
+            batches=subject.features(samples) if looks else (),
             progress=lambda done, total: update("scoring", done, total),
         )
-    known = all(layer.calls is not None for layer in traced.layers)
     scores = Scores(
         candidates=tuple(candidates),
         metrics=tuple(record.name for record in found),
-        totals={
-            cost.name: total_cost(traced.model, traced.layers, cost)
-            for cost in grid.costs
-            if known or CALLS not in cost.needs
-        },
+        totals=totals,
         grid=grid,
         model=source,
-        notes=(*subject.opened.notes, *traced.notes),
+        notes=(*subject.opened.notes, *traced.notes, *doubts),
         written=path,
     )
     if path is not None:
         scores.save(path, force=force)
     return scores
+
+
+def _totals(
+    traced: TracedModel, registry: Registry
+) -> tuple[dict[str, int], list[Cost], list[str]]:
+    """What the model costs, by all costs that work, and a note on each that does not."""
+    totals, costs, notes = {}, [], []
+    known = all(layer.calls is not None for layer in traced.layers)
+    for name, record in registry.costs.items():
+        try:
+            cost = record.create()
+            if known or CALLS not in cost.needs:
+                totals[name] = total_cost(traced.model, traced.layers, cost)
+            costs.append(cost)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a plugin may fail in any way, and nobody asked for it
+            notes.append(f"the cost {name} is left out: {first_line(error)}")
+    return totals, costs, notes
 
 
 def _path(output: str | Path | None, name: str) -> Path | None:

@@ -14,7 +14,9 @@ from tdkit.api.options import DEVICE, SEED
 from tdkit.calibration.batchnorm import CALIBRATIONS, Calibration
 from tdkit.datasets.base import Dataset, Split
 from tdkit.errors import UsageError, option
+from tdkit.forward.copying import plain_module
 from tdkit.forward.inputs import Inputs, first_float, random_inputs
+from tdkit.forward.placement import device_of
 from tdkit.opening import Opened, Source, open_module, open_with_data
 from tdkit.registry import Registry
 from tdkit.training.loop import check_fit
@@ -37,6 +39,7 @@ class Given:
     data_root: str | Path | None = None
     device: str | None = None
     seed: int = SEED
+    inplace: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,25 @@ class Subject:
             return random_inputs(self.model, self.opened.shape, batch)
         return traced
 
+    def looked_at(
+        self, needed: bool, how: Calibration, samples: int
+    ) -> tuple[Sequence[Any], Sequence[Any]]:
+        """Inputs for what looks at data, and those to calibrate on; each image is read once.
+
+        Args:
+            needed: Whether anything looks at data.
+            how: What BatchNorm is calibrated on.
+            samples: Images of a data set.
+
+        Raises:
+            UsageError: If there are none to calibrate on.
+        """
+        calibration = self.calibration(how, samples)
+        if not needed or self.dataset is None:
+            return self.batches, calibration
+        same = how == "data" and self.dataset.train is not None
+        return calibration if same else self.features(samples), calibration
+
     def features(self, samples: int) -> Sequence[Any]:
         """Inputs for what looks at data: training images, as in the paper, else test images."""
         split = None if self.dataset is None else self.dataset.train or self.dataset.test
@@ -108,13 +130,8 @@ class Subject:
         Raises:
             UsageError: If it is unknown.
         """
-        if how == "auto":
-            there = self.batches or (self.dataset is not None and self.dataset.train)
-            return planned or ("data" if there else "noise")
-        for calibration in CALIBRATIONS:
-            if how == calibration:
-                return calibration
-        raise UsageError(f"unknown calibration {how!r}", f"it is auto, {', '.join(CALIBRATIONS)}")
+        there = self.batches or (self.dataset is not None and self.dataset.train)
+        return settled(how, planned or ("data" if there else "noise"))
 
     def check_test(self) -> None:
         """Refuse, before any work, test images that the model cannot be measured on.
@@ -124,12 +141,25 @@ class Subject:
         """
         test = None if self.dataset is None else self.dataset.test
         if self.dataset is not None and test is not None and test.labels is not None:
-            device = next(p.device for p in self.model.parameters())
-            check_fit(self.model, test, len(self.dataset.classes), device)
+            check_fit(self.model, test, len(self.dataset.classes), device_of(self.model))
 
     def _images(self, split: Split, samples: int) -> list[Tensor]:
         like = first_float(self.model)
         return [images.to(like) for images, _ in split.batches(64, limit=samples)]
+
+
+def settled(how: str, otherwise: Calibration) -> Calibration:
+    """Read a calibration, or what ``auto`` stands for.
+
+    Raises:
+        UsageError: If it is unknown.
+    """
+    if how == "auto":
+        return otherwise
+    for calibration in CALIBRATIONS:
+        if how == calibration:
+            return calibration
+    raise UsageError(f"unknown calibration {how!r}", f"it is auto, {', '.join(CALIBRATIONS)}")
 
 
 def open_subject(model: Model, registry: Registry, given: Given) -> Subject:
@@ -157,8 +187,9 @@ def open_subject(model: Model, registry: Registry, given: Given) -> Subject:
         device=given.device or DEVICE,
         seed=arguments.seed(given.seed),
     )
-    own = isinstance(model, nn.Module)
-    opened = open_module(model, source, given.device) if isinstance(model, nn.Module) else None
+    opened = None
+    if isinstance(model, nn.Module):
+        opened = open_module(model, source, given.device, inplace=given.inplace)
     root = None if given.data_root is None else Path(given.data_root)
     found, opened_data = open_with_data(
         source, registry, given.data if named else None, root, opened=opened
@@ -166,4 +197,5 @@ def open_subject(model: Model, registry: Registry, given: Given) -> Subject:
     if dataset is not None:
         shape_of = found.shape if shape is not None else dataset.input_shape
         found = replace(found, shape=shape_of, notes=(*found.notes, *dataset.notes))
-    return Subject(found, dataset or opened_data, batches, given.example_inputs, not own)
+    lent = isinstance(model, nn.Module) and found.model is plain_module(model)
+    return Subject(found, dataset or opened_data, batches, given.example_inputs, not lent)

@@ -100,6 +100,7 @@ def train(
     file = find_recipe(str(recipe))
     settings = load_recipe(file, TrainRecipe)
 
+    from tdkit.forward.placement import on_cpu
     from tdkit.opening import open_dataset, pick_device
     from tdkit.registry import load_registry, lookup
     from tdkit.training.finetuning import fit
@@ -130,7 +131,8 @@ def train(
         )
     test = evaluate(model, dataset.test, device=target) if dataset.test else None
     provenance = _provenance(file, settings, dataset, target, result, test)
-    _write(path, model.cpu(), record.name, dataset, provenance, file, force)
+    with on_cpu(model):
+        _write(path, model, record.name, dataset, provenance, file, force)
     return Trained(model, path, provenance)
 
 

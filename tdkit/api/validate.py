@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tdkit.api import options
 from tdkit.api.report import Study, conclude
-from tdkit.errors import UnreadableFileError, UnsupportedError, UsageError, option
+from tdkit.errors import UnreadableFileError, UnsupportedError, UsageError, noted, option
 from tdkit.progress import Progress, listening
 from tdkit.recipes import find_recipe, load_recipe
 from tdkit.study.recipe import StudyRecipe, adapted, bundled_recipe, own_study
@@ -355,9 +355,7 @@ def _measure(
         )
     except BaseException as stop:
         now = store.progress()
-        # As add_note does it, which Python 3.10 has not.
-        notes = stop.__dict__.setdefault("__notes__", [])
-        notes.append(f"{now.measured} of {now.planned} measured")
+        noted(stop, f"{now.measured} of {now.planned} measured")
         raise
 
 

@@ -44,12 +44,12 @@ def apply(
     import tdkit
     from tdkit.cli.display import note, remark, say
     from tdkit.cli.parsing import parse_settings
-    from tdkit.cli.stopping import resumable
+    from tdkit.cli.stopping import resumable, told_notes
     from tdkit.cli.telling import tell_compression, tell_unused_plugins
 
     settings = parse_settings(set)
     tell_unused_plugins()
-    with resumable(resume, finetune is not None):
+    with resumable(resume, finetune is not None), told_notes():
         result = tdkit.apply(
             plan,
             model,

@@ -70,13 +70,13 @@ def compress(
         parse_names,
         parse_settings,
     )
-    from tdkit.cli.stopping import resumable
+    from tdkit.cli.stopping import resumable, told_notes
     from tdkit.cli.telling import tell_compression, tell_notes, tell_unused_plugins
 
     fraction, names = parse_fraction(budget, "--budget"), parse_names(methods, "--methods")
     fractions, settings = parse_keeps(keeps), parse_settings(set)
     tell_unused_plugins()
-    with resumable(resume, finetune is not None):
+    with resumable(resume, finetune is not None), told_notes():
         result = tdkit.compress(
             model,
             fraction,
@@ -105,7 +105,7 @@ def compress(
             output=None if dry_run else output or "auto",
             format=format,
             force=force,
-            measure=not dry_run,
+            dry_run=dry_run,
             batch_size=batch_size,
             progress=True,
             say=remark if json else say,

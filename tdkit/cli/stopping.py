@@ -25,6 +25,19 @@ class StoppedError(BaseException):
 
 
 @contextmanager
+def told_notes() -> Iterator[None]:
+    """Tell the notes on whatever is raised meanwhile."""
+    from tdkit.cli.display import remark
+
+    try:
+        yield
+    except BaseException as error:
+        for text in getattr(error, "__notes__", ()):
+            remark(text)
+        raise
+
+
+@contextmanager
 def resumable(resume: Path | None, training: bool) -> Iterator[None]:
     """Tell whoever stops a training how it goes on.
 

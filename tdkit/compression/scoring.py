@@ -137,6 +137,12 @@ def score(
     return [candidate for group in measured for candidate in group]
 
 
+def looks_at_data(methods: Mapping[str, Decomposition], metrics: Sequence[Metric]) -> bool:
+    """Whether any method or metric looks at what the model is given."""
+    features = any(metric.target == "features" for metric in metrics)
+    return features or moments_wanted(methods, metrics)
+
+
 def moments_wanted(methods: Mapping[str, Decomposition], metrics: Iterable[Metric]) -> bool:
     """Whether any method or metric asks for the moments of the layers' inputs."""
     needs = [*(method.needs for method in methods.values()), *(metric.needs for metric in metrics)]

@@ -12,6 +12,7 @@ from torch import nn
 from tdkit.errors import UnsupportedError
 from tdkit.forward.copying import own_copy, plain_module, refuse_lazy, refuse_uncopyable
 from tdkit.forward.inputs import Inputs, readings
+from tdkit.forward.placement import device_of
 from tdkit.forward.trace import Calls, trace
 from tdkit.layers.inventory import Layer, find_layers, weight_layers
 from tdkit.layers.weights import ModuleWeights, Weights
@@ -88,8 +89,7 @@ class TracedModel:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        tensors = (*self.model.parameters(), *self.model.buffers())
-        return next((tensor.device for tensor in tensors), torch.device("cpu"))
+        return device_of(self.model)
 
     def read(self, value: Any) -> Inputs:
         """A batch as the model takes it, in the form that its example inputs had.

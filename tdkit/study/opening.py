@@ -226,10 +226,9 @@ def make_workspace(
         UsageError: If a name is unknown, or a split or setting is not there.
         UnsupportedError: If the model does not run on such samples.
     """
-    import torch
-
     from tdkit.datasets.base import kept_on
     from tdkit.forward.inputs import random_inputs
+    from tdkit.forward.placement import device_of
     from tdkit.layers.inventory import find_layers
     from tdkit.registry import lookup
     from tdkit.study.layouts import set_layouts
@@ -247,7 +246,7 @@ def make_workspace(
         recipe = _with_batches(recipe, dataset)
     if adaptation.methods:
         recipe = _with_methods(recipe, layers, registry)
-    device = next(model.parameters(), torch.empty(0)).device
+    device = device_of(model)
     if device.type != "cpu":
         dataset = kept_on(dataset, device)
     found = [lookup(registry.metrics, name, "metric") for name in recipe.metrics]

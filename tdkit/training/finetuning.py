@@ -13,6 +13,7 @@ from torch import nn
 from tdkit.datasets.base import Dataset
 from tdkit.errors import UsageError, option
 from tdkit.files import check_writable
+from tdkit.forward.placement import device_of
 from tdkit.training.loop import (
     Epoch,
     TrainingResult,
@@ -137,8 +138,7 @@ class Finetuning:
         if resume is not None:
             check_writable(resume, force=True, inputs=inputs)
         recipe, reason = finetune_recipe(training, settings)
-        device = next((each.device for each in model.parameters()), torch.device("cpu"))
-        return cls(dataset, recipe, reason, device, seed, resume, training)
+        return cls(dataset, recipe, reason, device_of(model), seed, resume, training)
 
     def run(
         self,
