@@ -260,12 +260,12 @@ def resolve_methods(
     Raises:
         UsageError: If a name is unknown or not among those, or a setting does not fit its method.
     """
-    from tdkit.decompositions.settings import create
+    from tdkit.decompositions.settings import by_method, create
 
     records, planned = registry.decompositions, planned or {}
     chosen = [n for n, record in records.items() if record.default] if names is None else names
     found = {r.name: r for r in (lookup(records, name, "method") for name in chosen)}
-    given = {lookup(records, n, "method").name: each for n, each in _named(settings).items()}
+    given = {lookup(records, n, "method").name: each for n, each in by_method(settings).items()}
     for name in given:
         if name not in found:
             raise UsageError(
@@ -274,18 +274,6 @@ def resolve_methods(
             )
     merged = {name: {**planned.get(name, {}), **given.get(name, {})} for name in found}
     return {name: create(record, merged[name]) for name, record in found.items()}
-
-
-def _named(settings: object) -> Mapping[str, Mapping[str, Any]]:
-    if settings is None:
-        return {}
-    if not isinstance(settings, Mapping) or not all(
-        isinstance(each, Mapping) for each in settings.values()
-    ):
-        raise UsageError(
-            f"settings are given by method, as {{'cp': {{'sweeps': 20}}}}, not as {settings!r}"
-        )
-    return settings
 
 
 def method_limits(registry: Registry, names: Sequence[str] | None = None) -> dict[str, float]:

@@ -19,6 +19,7 @@ from tdkit.study.recipe import StudyRecipe, adapted, bundled_recipe, own_study
 if TYPE_CHECKING:
     from torch import nn
 
+    from tdkit.api.compress import Settings
     from tdkit.datasets.base import Dataset
     from tdkit.study.opening import Adaptation, NamedStudy, ObjectStudy
     from tdkit.study.records import Results
@@ -37,6 +38,7 @@ def validate(
     run: str | Path | None = None,
     layers: str | Sequence[str] | None = None,
     methods: str | Sequence[str] | None = None,
+    settings: Settings | None = None,
     keeps: float | Sequence[float] | None = None,
     images: int | None = None,
     runs: int | None = None,
@@ -76,6 +78,7 @@ def validate(
             None, one that is removed at the end, or ``auto`` for one in ``runs``.
         layers: Names or shell patterns.
         methods: Names of decompositions.
+        settings: Of methods: ``{"cp": {"sweeps": 20}}``, over those of the recipe.
         keeps: Fractions of a layer's parameters.
         images: Measure the performance error on at most this many.
         runs: Repetitions of what is random.
@@ -108,6 +111,7 @@ def validate(
     asked = _asked(recipe, model, data)
 
     from tdkit import arguments
+    from tdkit.decompositions.settings import by_method
     from tdkit.study.opening import NamedStudy, ObjectStudy
 
     pool = _pool(workers, dask)
@@ -118,6 +122,7 @@ def validate(
         keeps=None if keeps is None else arguments.keeps(keeps),
         images=images,
         runs=runs,
+        settings=by_method(settings),
     )
     wanted = _batched(replace(wanted, finetune=None) if no_finetune else wanted, batch_size)
     adaptation = _adaptation(asked, batch_size, methods)

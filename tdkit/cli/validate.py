@@ -32,6 +32,7 @@ def validate(
     input_shape: options.InputShape = None,
     layers: options.Layers = None,
     methods: options.Methods = None,
+    set: options.Set = None,
     keeps: options.Keeps = None,
     images: Annotated[
         Optional[int],  # noqa: UP045
@@ -84,7 +85,7 @@ def validate(
     """
     import tdkit
     from tdkit.cli.display import note, say, stdout
-    from tdkit.cli.parsing import file_json, parse_keeps, parse_names
+    from tdkit.cli.parsing import file_json, parse_keeps, parse_names, parse_settings
     from tdkit.cli.report import print_summary
     from tdkit.cli.stopping import StoppedError
     from tdkit.cli.telling import tell_unused_plugins
@@ -99,6 +100,7 @@ def validate(
             run=run or "auto",
             layers=layers,
             methods=names,
+            settings=parse_settings(set),
             keeps=fractions,
             images=images,
             runs=runs,

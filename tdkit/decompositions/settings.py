@@ -53,6 +53,18 @@ def refuse_negative(**settings: float) -> None:
             raise UsageError(f"the setting {key} must be at least 0, not {value:g}")
 
 
+def by_method(value: object) -> dict[str, dict[str, Any]]:
+    """Settings by the name of a method; none for None.
+
+    Raises:
+        UsageError: If it is no such mapping.
+    """
+    each = value if value is not None else {}
+    if isinstance(each, Mapping) and all(isinstance(own, Mapping) for own in each.values()):
+        return {str(name): dict(own) for name, own in each.items()}
+    raise UsageError(f"settings are given by method, as {{'cp': {{'sweeps': 20}}}}, not {value!r}")
+
+
 def create(record: DecompositionRecord, settings: Mapping[str, Setting]) -> Decomposition:
     """A method with some of its settings other than by default.
 

@@ -311,11 +311,12 @@ def adapted(
     keeps: Sequence[float] | None = None,
     images: int | None = None,
     runs: int | None = None,
+    settings: Mapping[str, Mapping[str, Setting]] | None = None,
 ) -> StudyRecipe:
     """A recipe with some values replaced; None leaves one as it is.
 
     What it says of layers, methods and keeps that are gone goes with them. Published values go
-    with every choice of candidates but their own.
+    with every choice of candidates or settings but their own.
 
     Args:
         recipe: The recipe.
@@ -324,13 +325,14 @@ def adapted(
         keeps: Fractions of a layer's parameters.
         images: Images that the performance error is measured on, at most.
         runs: Repetitions of whatever is random.
+        settings: Of methods, over those of the recipe.
 
     Raises:
         UsageError: If a value is wrong.
     """
     kept, used = tuple(keeps or recipe.keeps), tuple(methods or recipe.methods)
     named = tuple(layers or recipe.layers)
-    same = (named, used, kept) == (recipe.layers, recipe.methods, recipe.keeps)
+    same = (named, used, kept) == (recipe.layers, recipe.methods, recipe.keeps) and not settings
     finetune = recipe.finetune
     if finetune is not None and finetune.keeps is not None:
         left = tuple(keep for keep in finetune.keeps if keep in kept)
@@ -346,10 +348,22 @@ def adapted(
         runs=recipe.runs if runs is None else runs,
         evaluation=replace(recipe.evaluation, images=images or recipe.evaluation.images),
         ranks=tuple(r for r in ranks if named == recipe.layers or r.layer in named),
-        options=tuple(option for option in recipe.options if option.method in used),
+        options=_over(recipe.options, used, settings or {}),
         finetune=finetune,
         published=recipe.published if same else (),
     )
+
+
+def _over(
+    options: Sequence[MethodRecipe],
+    used: Sequence[str],
+    settings: Mapping[str, Mapping[str, Setting]],
+) -> tuple[MethodRecipe, ...]:
+    """Settings of the methods that are left, with some given anew."""
+    before = {option.method: option.settings for option in options if option.method in used}
+    names = dict.fromkeys([*before, *settings])
+    both = {name: {**before.get(name, {}), **settings.get(name, {})} for name in names}
+    return tuple(MethodRecipe.from_table({**both[name], "method": name}, name) for name in names)
 
 
 def to_toml(recipe: Any) -> str:

@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from small_cnn import SHAPE, same
+from small_cnn import SHAPE, dataset, same
 
 import tdkit
 from tdkit import Plan
 from tdkit.errors import UsageError
+from tdkit.study.recipe import MethodRecipe, adapted, bundled_recipe
 
 CP: dict[str, Any] = {"methods": "cp", "keeps": 0.5, "layers": "5", "input_shape": SHAPE}
 UNIFORM = {"cp": {"start": "uniform", "sweeps": 2}}
@@ -99,3 +100,28 @@ def test_settings_in_a_plan_that_a_method_does_not_have_are_refused(model) -> No
     plan = Plan((tdkit.Move("5", "cp", 3),), settings={"cp": {"swoops": 3}})
     with pytest.raises(UsageError, match="cp has no setting 'swoops'"):
         tdkit.apply(plan, model)
+
+
+def test_a_study_takes_them_over_those_of_its_recipe(model) -> None:
+    options: dict[str, Any] = {"layers": "5", "methods": "cp", "keeps": 0.5, "no_finetune": True}
+
+    def study(**more: Any) -> tdkit.Study:
+        return tdkit.validate(model, dataset(), **options, **more)
+
+    plain, uniform = study(), study(settings=UNIFORM)
+    assert uniform.results.measurements != plain.results.measurements
+    with pytest.raises(UsageError, match="cp has no setting 'sweps'"):
+        study(settings={"cp": {"sweps": 3}})
+    with pytest.raises(UsageError, match="settings are given by method"):
+        study(settings="cp.sweeps=3")
+
+
+def test_settings_of_a_recipe_stay_where_others_are_given() -> None:
+    recipe = replace(bundled_recipe("quick"), options=(MethodRecipe("cp", sweeps=3, ridge=1e-8),))
+    found = adapted(recipe, settings={"cp": {"sweeps": 9}, "tucker": {"sweeps": 1}})
+    assert [each.settings for each in found.options] == [
+        {"ridge": 1e-8, "sweeps": 9},
+        {"sweeps": 1},
+    ]
+    with pytest.raises(UsageError, match=r"options\.method"):
+        adapted(recipe, methods=("svd",), settings={"cp": {"sweeps": 9}})
