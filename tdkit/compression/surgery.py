@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import weakref
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,6 +11,8 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
+from tdkit.errors import StorageError, first_line
+from tdkit.files import os_error
 from tdkit.layers.inventory import Layer, replace_layer
 from tdkit.layers.traced import TracedModel
 from tdkit.layers.weights import ModuleWeights
@@ -19,20 +21,29 @@ from tdkit.layers.weights import ModuleWeights
 class Surgery:
     """Replaces layers of a traced model; used as a context, it undoes all when anything raises.
 
-    A dense weight that somebody else holds, the caller's model or a dense one to measure, is taken
-    from there when it is put back. Where nobody does it waits in a temporary file.
+    The modules and parameters that are put back are the same objects as before, since an optimizer
+    may hold them. In between a dense weight has no data: where somebody else holds it, the caller's
+    model or a dense one to measure, it is taken from there; where nobody does it waits in a
+    temporary file.
 
     Args:
         traced: Its model is changed in place.
+
+    Raises:
+        StorageError: If there can be no temporary file.
     """
 
     def __init__(self, traced: TracedModel) -> None:
         self._traced = traced
-        self._shells: dict[Layer, nn.Module] = {}
+        self._replaced: dict[Layer, nn.Module] = {}
         self._stack = ExitStack()
         self._folder: Path | None = None
         if _is_last(traced):
-            self._folder = Path(self._stack.enter_context(TemporaryDirectory(prefix="tdkit-")))
+            try:
+                made = self._stack.enter_context(TemporaryDirectory(prefix="tdkit-"))
+            except OSError as error:
+                raise _not_kept(error) from error
+            self._folder = Path(made)
 
     def __enter__(self) -> Surgery:
         return self
@@ -46,36 +57,82 @@ class Surgery:
         try:
             if kind is not None:
                 self.undo()
+            else:
+                self._let_go()
         finally:
             self._stack.close()
 
     def replace(self, layer: Layer, module: nn.Module) -> None:
-        """Put a module where a layer is, in the layer's mode."""
+        """Put a module where a layer is, in the layer's mode.
+
+        Raises:
+            StorageError: If there is no room for the dense weight's temporary file.
+        """
         dense = self._traced.model.get_submodule(layer.name)
         module.train(dense.training)
-        shell = copy.copy(dense)
-        shell._parameters = {**dense._parameters, "weight": None}
+        weight = dense.get_parameter("weight")
         if self._folder is not None:
-            torch.save(dense.get_parameter("weight"), self._file(self._folder))
-        self._shells[layer] = shell
+            _save(weight.detach(), self._file(self._folder, len(self._replaced)))
+        self._replaced[layer] = dense
         replace_layer(self._traced.model, layer, module)
+        if self._can_refill(layer, weight):
+            weight.data = weight.data.new_empty(0)
 
     def undo(self) -> None:
-        """Put every dense layer back, equal in value to what it was."""
-        for place, (layer, shell) in enumerate(self._shells.items()):
-            shell._parameters["weight"] = self._dense(layer, place)
-            replace_layer(self._traced.model, layer, shell)
-        self._shells.clear()
+        """Put every dense layer back: the module that it was, with the parameters that it had."""
+        for place, (layer, dense) in enumerate(self._replaced.items()):
+            self._refill(dense.get_parameter("weight"), layer, place)
+            replace_layer(self._traced.model, layer, dense)
+        self._replaced.clear()
 
-    def _dense(self, layer: Layer, place: int) -> nn.Parameter:
+    def _let_go(self) -> None:
+        """Give those dense weights their data back that somebody holds, such as an optimizer."""
+        held = [
+            (layer, weakref.ref(dense.get_parameter("weight")))
+            for layer, dense in self._replaced.items()
+        ]
+        self._replaced.clear()
+        for place, (layer, reference) in enumerate(held):
+            weight = reference()
+            if weight is not None:
+                self._refill(weight, layer, place)
+
+    def _refill(self, weight: nn.Parameter, layer: Layer, place: int) -> None:
+        if not self._can_refill(layer, weight):
+            return
         if self._folder is not None:
             kept: Tensor = torch.load(self._file(self._folder, place), weights_only=True)
-            return nn.Parameter(kept.detach(), kept.requires_grad)
-        weight = self._traced.weights.weight(layer.name)
-        return nn.Parameter(weight.detach().clone(), weight.requires_grad)
+        else:
+            kept = self._traced.weights.weight(layer.name).detach().clone()
+        weight.data = kept.to(weight.device, weight.dtype)
 
-    def _file(self, folder: Path, place: int | None = None) -> Path:
-        return folder / f"{len(self._shells) if place is None else place}.pt"
+    def _can_refill(self, layer: Layer, weight: nn.Parameter) -> bool:
+        """Whether its data can be had anew, and there are any to do without."""
+        if weight.is_meta:
+            return False
+        return self._folder is not None or self._traced.weights.weight(layer.name) is not weight
+
+    def _file(self, folder: Path, place: int) -> Path:
+        return folder / f"{place}.pt"
+
+
+def _save(weight: Tensor, path: Path) -> None:
+    try:
+        # Through a file of Python's, which says why it cannot be written to.
+        with path.open("wb") as file:
+            torch.save(weight, file)
+    except (OSError, RuntimeError) as error:
+        failed = os_error(error)
+        if failed is None:
+            raise
+        raise _not_kept(failed) from error
+
+
+def _not_kept(error: OSError) -> StorageError:
+    return StorageError(
+        f"dense weights cannot be kept in a temporary file meanwhile: {first_line(error)}",
+        "free some space there, or set TMPDIR to a folder on another disk",
+    )
 
 
 def _is_last(traced: TracedModel) -> bool:

@@ -3,6 +3,7 @@
 import copy
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from tdkit.compression.plan import Move, Plan
 from tdkit.compression.scoring import Grid
 from tdkit.compression.surgery import Surgery
 from tdkit.decompositions.svd import Svd
-from tdkit.errors import UnsupportedError
+from tdkit.errors import StorageError, UnsupportedError
+from tdkit.forward.copying import shared_copy
 from tdkit.layers.inventory import find_layers
 from tdkit.layers.traced import TracedModel
 from tdkit.metrics.weights import RELATIVE
@@ -268,3 +270,76 @@ def test_what_waits_for_nothing_is_a_copy_of_the_callers() -> None:
     with torch.no_grad():
         first.zero_()
     assert all(torch.equal(value, state[key]) for key, value in dense.state_dict().items())
+
+
+def test_in_place_modules_and_parameters_are_the_same_after_undoing() -> None:
+    dense = model()
+    held = list(dense.parameters())  # as an optimizer does
+    dense(images()).sum().backward()
+    before = {name: (id(p), p.grad) for name, p in dense.named_parameters()}
+    modules = [id(module) for module in dense.modules()]
+    state = copy.deepcopy(dense.state_dict())
+    traced = TracedModel.of(dense, inplace=True)
+    with pytest.raises(ZeroDivisionError), Surgery(traced) as work:  # noqa: PT012
+        for layer in traced.layers[1:4]:
+            work.replace(layer, nn.Sequential(nn.Identity()))
+        raise ZeroDivisionError
+    assert {name: (id(p), p.grad) for name, p in dense.named_parameters()} == before
+    assert [id(module) for module in dense.modules()] == modules
+    assert all(torch.equal(value, state[key]) for key, value in dense.state_dict().items())
+    with torch.no_grad():
+        for parameter in held:
+            parameter.zero_()
+    assert not dense.first.weight.any()
+
+
+def test_memory_is_free_meanwhile_and_who_holds_a_layer_has_it_afterwards() -> None:
+    dense = model()
+    held, weight = dense.first, dense.first.weight.clone()
+    traced = TracedModel.of(dense, inplace=True)
+    with Surgery(traced) as work:
+        work.replace(traced.layers[1], nn.Sequential(nn.Identity()))
+        assert held.weight.numel() == 0
+    assert torch.equal(held.weight, weight)
+    assert isinstance(dense.first, nn.Sequential)
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_what_is_put_back_is_the_same_object(inplace: bool) -> None:
+    traced = TracedModel.of(reads(), images(), inplace=inplace)
+    before = dict(traced.model.named_parameters())
+    result = apply_plan(traced, PLAN, GRID.methods, all_or_nothing=True)
+    after = dict(result.model.named_parameters())
+    assert all(after[name] is parameter for name, parameter in before.items())
+
+
+def test_a_weight_that_its_source_shares_is_left_alone() -> None:
+    dense = model()
+    traced = replace(TracedModel.of(dense), model=shared_copy(dense))
+    state = copy.deepcopy(dense.state_dict())
+    with Surgery(traced) as work:
+        work.replace(traced.layers[1], nn.Sequential(nn.Identity()))
+        assert torch.equal(dense.first.weight, state["first.weight"])
+        work.undo()
+    assert traced.model.get_parameter("first.weight") is dense.first.weight
+    assert torch.equal(dense.first.weight, state["first.weight"])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_temporary_folder_is_told_and_the_model_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dense = model()
+    before = snapshot(dense)
+    monkeypatch.setattr(Surgery, "_file", lambda *_: Path("/dev/full"))
+    with pytest.raises(StorageError, match="No space left on device") as caught:
+        apply_plan(TracedModel.of(dense, images(), inplace=True), PLAN, GRID.methods)
+    assert "TMPDIR" in str(caught.value.hint)
+    check(dense, before)
+
+
+def test_no_temporary_folder_at_all_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere/at/all")
+    with pytest.raises(StorageError, match="cannot be kept in a temporary file") as caught:
+        Surgery(TracedModel.of(model(), inplace=True))
+    assert "TMPDIR" in str(caught.value.hint)
