@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tdkit.errors import UsageError
+from tdkit.errors import UsageError, first_line
 
 
 @dataclass(frozen=True)
@@ -112,19 +114,70 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     Args:
         value: Tensors, mappings, lists, tuples, named tuples and dataclasses in any nesting.
         change: Called with each tensor, of any shape.
+
+    Raises:
+        UsageError: If there can be no second container of its kind.
     """
     if isinstance(value, Tensor):
         return change(value)
     if is_dataclass(value) and not isinstance(value, type):
-        changed = {f.name: map_tensors(getattr(value, f.name), change) for f in fields(value)}
-        return replace(value, **changed)
+        names = [f.name for f in fields(value) if hasattr(value, f.name)]
+        changed = {name: map_tensors(getattr(value, name), change) for name in names}
+        return _rebuilt(value, lambda: replace(value, **changed), partial(_set_fields, changed))
     if isinstance(value, Mapping):
-        changed = {key: map_tensors(part, change) for key, part in value.items()}
-        return changed if type(value) is dict else type(value)(changed)  # type: ignore[call-arg]
+        items = {key: map_tensors(part, change) for key, part in value.items()}
+        kind: Any = type(value)
+        return (
+            items
+            if kind is dict
+            else _rebuilt(value, lambda: kind(items), partial(_set_items, items))
+        )
     if isinstance(value, list | tuple):
         parts = [map_tensors(part, change) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+        kind = type(value)
+        several = hasattr(value, "_fields")
+        make = (lambda: kind(*parts)) if several else (lambda: kind(parts))
+        return _rebuilt(value, make, partial(_set_parts, parts))
     return value
+
+
+def _rebuilt(value: Any, make: Callable[[], Any], fill: Callable[[Any], None]) -> Any:
+    """A container made anew; where its constructor takes something else, a copy that is filled."""
+    try:
+        return make()
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception:  # a class of the caller's may fail in any way
+        return _copied(value, fill)
+
+
+def _copied(value: Any, fill: Callable[[Any], None]) -> Any:
+    try:
+        made = copy.copy(value)
+        fill(made)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"the inputs hold a {type(value).__name__}, of which no other can be made:"
+            f" {first_line(error)}",
+            "give a dict, a list, a tuple or a dataclass instead",
+        ) from error
+    return made
+
+
+def _set_fields(changed: Mapping[str, Any], made: Any) -> None:
+    for name, part in changed.items():
+        object.__setattr__(made, name, part)  # it may be frozen
+
+
+def _set_items(changed: Mapping[Any, Any], made: Any) -> None:
+    for key, part in changed.items():
+        made[key] = part
+
+
+def _set_parts(parts: Sequence[Any], made: Any) -> None:
+    made[:] = parts
 
 
 def random_inputs(model: nn.Module, shape: Sequence[int], batch: int = 2, seed: int = 0) -> Inputs:

@@ -1,8 +1,8 @@
 """Arguments of a forward pass in every nesting that models take."""
 
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field
 from typing import Any, NamedTuple
 
 import pytest
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from tdkit.errors import UnsupportedError
+from tdkit.errors import UnsupportedError, UsageError
 from tdkit.forward.inputs import Inputs, map_tensors, readings
 from tdkit.layers.traced import TracedModel
 
@@ -267,3 +267,67 @@ def test_containers_keep_their_kind() -> None:
     assert torch.equal(changed[1].y, x + 1)
     assert torch.equal(changed[2].x, x + 1)
     assert changed[5] is value[5]
+
+
+@dataclass(frozen=True)
+class Counted:
+    x: Tensor
+    count: int = field(init=False, default=0)
+    late: Tensor = field(init=False)
+
+
+@dataclass
+class Scaled:
+    x: Tensor
+    by: InitVar[float]
+
+    def __post_init__(self, by: float) -> None:
+        self.x = self.x * by
+
+
+class Row(list):  # type: ignore[type-arg]
+    def __init__(self, first: Any, *rest: Any) -> None:
+        if isinstance(first, list):
+            raise TypeError("one after the other")
+        super().__init__([first, *rest])
+
+
+class Both(tuple):  # type: ignore[type-arg]
+    def __new__(cls, x: Any, y: Any) -> Any:
+        return super().__new__(cls, (x, y))
+
+
+def test_containers_whose_constructor_takes_something_else() -> None:
+    x = noise(2)
+    counted = Counted(x)
+    object.__setattr__(counted, "count", 3)
+    value = [defaultdict(list, x=x), Row(x, x), Scaled(x, 2.0), counted]
+    lists, row, scaled, other = map_tensors(value, lambda t: t + 1)
+    assert torch.equal(lists["x"], x + 1)
+    assert lists["new"] == []
+    assert set(value[0]) == {"x"}
+    assert isinstance(row, Row)
+    assert torch.equal(row[1], x + 1)
+    assert torch.equal(scaled.x, 2 * x + 1)
+    assert torch.equal(value[2].x, 2 * x)
+    assert torch.equal(other.x, x + 1)
+    assert other.count == 3
+    assert not hasattr(other, "late")
+    object.__setattr__(counted, "late", x)
+    assert torch.equal(map_tensors(counted, lambda t: t + 1).late, x + 1)
+    assert torch.equal(counted.late, x)
+
+
+def test_what_cannot_be_made_again_is_refused() -> None:
+    with pytest.raises(UsageError, match="the inputs hold a Both, of which no other") as caught:
+        map_tensors(Both(noise(2), noise(2)), torch.clone)
+    assert "a dict, a list" in str(caught.value.hint)
+
+
+def test_a_lack_of_memory_is_told_as_such() -> None:
+    class Large(dict):  # type: ignore[type-arg]
+        def __init__(self, *_: Any) -> None:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        map_tensors(Large.__new__(Large), torch.clone)
