@@ -13,7 +13,7 @@ from tdkit.decompositions.base import (
     Rank,
 )
 
-Stage = Literal["before", "after"]
+Phase = Literal["before", "after"]
 """Of fine-tuning: the performance error p, or p* (section 3.1 of the paper)."""
 
 
@@ -38,7 +38,7 @@ class Trial:
     rank: Rank
     run: int
     seed: int
-    stage: Stage = "before"
+    stage: Phase = "before"
 
 
 @dataclass(frozen=True)
