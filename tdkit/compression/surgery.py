@@ -15,7 +15,7 @@ from tdkit.errors import StorageError, first_line
 from tdkit.files import os_error
 from tdkit.layers.inventory import Layer, replace_layer
 from tdkit.layers.traced import TracedModel
-from tdkit.layers.weights import ModuleWeights
+from tdkit.layers.weights import FileWeights, ModuleWeights
 
 
 class Surgery:
@@ -110,7 +110,10 @@ class Surgery:
         """Whether its data can be had anew, and there are any to do without."""
         if weight.is_meta:
             return False
-        return self._folder is not None or self._traced.weights.weight(layer.name) is not weight
+        weights = self._traced.weights
+        if self._folder is not None or isinstance(weights, FileWeights):
+            return True
+        return weights.weight(layer.name) is not weight
 
     def _file(self, folder: Path, place: int) -> Path:
         return folder / f"{place}.pt"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -23,6 +24,7 @@ from tdkit.errors import StorageError, UnsupportedError
 from tdkit.forward.copying import shared_copy
 from tdkit.layers.inventory import find_layers
 from tdkit.layers.traced import TracedModel
+from tdkit.layers.weights import FileWeights
 from tdkit.metrics.weights import RELATIVE
 from tdkit.planners.greedy import greedy
 
@@ -343,3 +345,26 @@ def test_no_temporary_folder_at_all_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(StorageError, match="cannot be kept in a temporary file") as caught:
         Surgery(TracedModel.of(model(), inplace=True))
     assert "TMPDIR" in str(caught.value.hint)
+
+
+def test_a_file_of_weights_is_read_only_to_put_back(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, read = model(), []
+    path = tmp_path_factory.mktemp("weights") / "dense.safetensors"
+    save_file({name: v.clone().contiguous() for name, v in dense.state_dict().items()}, path)
+    state, own = copy.deepcopy(dense.state_dict()), dense.first.weight
+    weight = FileWeights.weight
+    monkeypatch.setattr(
+        FileWeights, "weight", lambda self, name: read.append(name) or weight(self, name)
+    )
+    traced = TracedModel.of(dense, inplace=True, weights=FileWeights(path))
+    read.clear()
+    with Surgery(traced) as work:
+        work.replace(traced.layers[1], nn.Sequential(nn.Identity()))
+        assert own.numel() == 0
+        assert read == []
+        work.undo()
+        assert read == ["first"]
+    assert dense.first.weight is own
+    assert torch.equal(own, state["first.weight"])
