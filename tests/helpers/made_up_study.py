@@ -11,7 +11,7 @@ from scipy.special import ndtri
 
 from tdkit.recipes import parse_recipe
 from tdkit.study.recipe import METRICS, StudyRecipe
-from tdkit.study.records import Baseline, Measurement, Results, Stage, Trial, pack
+from tdkit.study.records import Baseline, Measurement, Phase, Results, Trial, pack
 
 LAYERS = {"conv2": 36864, "conv3": 73728, "conv4": 147456, "conv5": 147456, "conv6": 147584}
 SENSITIVITY = dict(zip(LAYERS, (1.6, 1.3, 1.0, 0.7, 0.45), strict=True))
@@ -60,7 +60,7 @@ class World:
 
     images: int = 2000
     runs: int = 1
-    stages: tuple[Stage, ...] = ("before",)
+    stages: tuple[Phase, ...] = ("before",)
     spread: float = 0.25
     shared: float = 0.9
     layers: tuple[tuple[str, int], ...] = tuple(LAYERS.items())

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tdkit.decompositions.base import Rank
 from tdkit.metrics.base import penalties
 from tdkit.study.recipe import PublishedRecipe, StudyRecipe
-from tdkit.study.records import Measurement, Results, Stage, Trial
+from tdkit.study.records import Measurement, Phase, Results, Trial
 from tdkit.study.report.conclusions import (
     ENOUGH,
     FIGURE_5,
@@ -64,7 +64,7 @@ def analyse(
     """
     good = [m for m in results.measurements if m.failure is None]
     again = _again(results, good, resamples, rng)
-    stages: tuple[Stage, ...] = ("before", "after")
+    stages: tuple[Phase, ...] = ("before", "after")
     law = results.identity.get("penalties", {}).get(recipe.metrics[0], "squares")
     every = [_tabulate(stage, good, again, recipe.metrics, law) for stage in stages]
     tables = [table for table in every if table is not None]
@@ -123,7 +123,7 @@ def _again(
 class _Table:
     """One stage as arrays: runs x candidates, NaN where a trial failed or is not done yet."""
 
-    stage: Stage
+    stage: Phase
     trials: tuple[Trial, ...]  # a candidate each: its first trial
     errors: Floats  # (metrics, runs, n)
     truth: Floats  # wrong answers, (runs, n)
@@ -154,7 +154,7 @@ def _key(trial: Trial) -> _Key:
 
 
 def _tabulate(
-    stage: Stage,
+    stage: Phase,
     good: Sequence[Measurement],
     again: _Again,
     metrics: tuple[str, ...],
@@ -342,7 +342,7 @@ def _mean(values: Sequence[Floats] | Floats) -> Floats:
     return np.asarray(np.where(count > 0, total / np.maximum(count, 1), np.nan))
 
 
-def _advice(stage: Stage, estimates: Sequence[_Estimate], recipe: StudyRecipe) -> Advice:
+def _advice(stage: Phase, estimates: Sequence[_Estimate], recipe: StudyRecipe) -> Advice:
     """Which error to use, and from which keep on; the rules are in the report's words too."""
     found = {
         e.correlation.metric: e

@@ -8,7 +8,7 @@ from typing import Literal
 
 from tdkit.decompositions.base import Rank
 from tdkit.study.recipe import PublishedRecipe
-from tdkit.study.records import Stage, Trial
+from tdkit.study.records import Phase, Trial
 
 LEVEL = 0.95
 """Of every interval."""
@@ -121,7 +121,7 @@ class Correlation:
         on_resolved: tau over these pairs only.
     """
 
-    stage: Stage
+    stage: Phase
     truth: Truth
     choices: Choices
     keep: float | None
@@ -164,7 +164,7 @@ class Advice:
             smallest one is not.
     """
 
-    stage: Stage
+    stage: Phase
     metric: str | None
     best: str | None
     as_good: tuple[str, ...]
@@ -189,7 +189,7 @@ class Regret:
         interval: Of the difference between these candidates, over images.
     """
 
-    stage: Stage
+    stage: Phase
     saving: int
     candidates: int
     pick: Trial
@@ -212,7 +212,7 @@ class MeanRegret:
         worst: The size of the largest regret.
     """
 
-    stage: Stage
+    stage: Phase
     regret: float
     interval: Interval
     worst: Regret
@@ -303,8 +303,8 @@ class Analysis:
     layers: tuple[str, ...]
     keeps: tuple[float, ...]
     focus: tuple[float, ...]
-    stages: tuple[Stage, ...]
-    runs: Mapping[Stage, int]
+    stages: tuple[Phase, ...]
+    runs: Mapping[Phase, int]
     resamples: int
     points: tuple[Point, ...]
     correlations: tuple[Correlation, ...]
@@ -321,7 +321,7 @@ class Analysis:
 
     def correlation(
         self,
-        stage: Stage,
+        stage: Phase,
         choices: Choices,
         metric: str,
         keep: float | None = None,

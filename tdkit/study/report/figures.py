@@ -29,7 +29,7 @@ from tdkit.study.report.html import css
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from tdkit.study.records import Stage
+    from tdkit.study.records import Phase
 
 # Okabe and Ito's palette, which people with any kind of colour vision can tell apart, without its
 # yellow, which is hard to see on white. More layers than that get a sequence of lightness.
@@ -142,7 +142,7 @@ def figure_1(analysis: Analysis) -> Chart:
     """Tau over layers and methods, by keep."""
     metric = guide(analysis)
 
-    def panel(stage: Stage) -> Panel:
+    def panel(stage: Phase) -> Panel:
         rows = [
             _Row(f"keep {keep:g}", found)
             for keep in analysis.keeps
@@ -157,7 +157,7 @@ def figure_2(analysis: Analysis) -> Chart:
     """Tau of every error over all choices."""
     published = {(p.paper.stage, p.paper.metric): p.paper for p in analysis.published}
 
-    def panel(stage: Stage) -> Panel:
+    def panel(stage: Phase) -> Panel:
         rows = []
         for metric in analysis.metrics:
             found = analysis.correlation(stage, "all", metric)
@@ -176,7 +176,7 @@ def figure_3(analysis: Analysis) -> Chart:
     metric = guide(analysis)
     names = {"all": "all choices", "layers": "layers only", "methods": "methods only"}
 
-    def panel(stage: Stage) -> Panel:
+    def panel(stage: Phase) -> Panel:
         rows = [
             _Row(name, found)
             for choices, name in names.items()
@@ -187,7 +187,7 @@ def figure_3(analysis: Analysis) -> Chart:
     return Chart("figure-3-tau-by-choice", _per_stage(analysis, panel), _legend(analysis))
 
 
-def _per_stage(analysis: Analysis, panel: Callable[[Stage], Panel]) -> tuple[Panel, ...]:
+def _per_stage(analysis: Analysis, panel: Callable[[Phase], Panel]) -> tuple[Panel, ...]:
     return tuple(panel(stage) for stage in analysis.stages)
 
 
@@ -198,7 +198,7 @@ class _Row:
     published: tuple[float, float] | None = None
 
 
-def _forest(analysis: Analysis, stage: Stage, rows: Sequence[_Row]) -> Panel:
+def _forest(analysis: Analysis, stage: Phase, rows: Sequence[_Row]) -> Panel:
     """Bars of tau with intervals, ceilings and published values, and the numbers beside them."""
 
     def draw(axes: Axes) -> None:
@@ -308,7 +308,7 @@ def figure_4(analysis: Analysis, metric: str) -> Chart:
     """An error against the performance error, at the keeps in focus, coloured by layer."""
     colour, marker = colours(analysis), markers(analysis)
 
-    def panel(stage: Stage) -> Panel:
+    def panel(stage: Phase) -> Panel:
         groups: dict[tuple[str, str], list[tuple[float, float]]] = {}
         for p in analysis.points:
             t = p.trial
@@ -433,7 +433,7 @@ def _draw_changes(axes: Axes, changes: Changes) -> None:
 def regret_figure(analysis: Analysis) -> Chart:
     """What the planner would pick against the best candidate of the same size."""
 
-    def panel(stage: Stage) -> Panel:
+    def panel(stage: Phase) -> Panel:
         regrets = [regret for regret in analysis.regrets if regret.stage == stage]
         mean = next((m for m in analysis.mean_regrets if m.stage == stage), None)
         text = f", mean regret {percent(mean.regret)} points" if mean else ""

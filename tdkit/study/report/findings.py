@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from tdkit.study.records import Stage, Trial
+from tdkit.study.records import Phase, Trial
 from tdkit.study.report.conclusions import (
     ENOUGH,
     PLANNER,
@@ -114,7 +114,7 @@ def _at(keeps: Iterable[float]) -> str:
     return f"at keep {listed([f'{keep:g}' for keep in keeps])}"
 
 
-def _by_stage(texts: Mapping[Stage, str], *, same: bool = True) -> str:
+def _by_stage(texts: Mapping[Phase, str], *, same: bool = True) -> str:
     """What holds at each stage, once where it is the same."""
     if same and len(set(texts.values())) == 1:
         return next(iter(texts.values()))
@@ -291,7 +291,7 @@ def metric_name(metric: str) -> str:
     return "planner's rule" if metric == PLANNER else metric.replace("-", " ")
 
 
-def stage_name(stage: Stage) -> str:
+def stage_name(stage: Phase) -> str:
     """Before fine-tuning, or After fine-tuning."""
     return f"{stage.capitalize()} fine-tuning"
 

@@ -15,7 +15,7 @@ import numpy as np
 from tdkit.errors import StorageError, option
 from tdkit.files import atomic_write
 from tdkit.study.recipe import StudyRecipe
-from tdkit.study.records import Results, Stage
+from tdkit.study.records import Phase, Results
 from tdkit.study.report.analysis import analyse
 from tdkit.study.report.conclusions import (
     PLANNER,
@@ -500,7 +500,7 @@ def _data(analysis: Analysis) -> Markup:
     return tag("script", Markup(text), type="application/json", id="candidates")
 
 
-def _taus(analysis: Analysis, stage: Stage) -> list[str | None]:
+def _taus(analysis: Analysis, stage: Phase) -> list[str | None]:
     found = [analysis.correlation(stage, "all", metric) for metric in analysis.metrics]
     return [signed(c.tau) if c is not None and not math.isnan(c.tau) else None for c in found]
 
@@ -593,7 +593,7 @@ def _planner_table(analysis: Analysis, choices: Choices) -> Markup:
     )
 
 
-def _regret_table(analysis: Analysis, stage: Stage) -> Markup:
+def _regret_table(analysis: Analysis, stage: Phase) -> Markup:
     regrets = [regret for regret in analysis.regrets if regret.stage == stage]
 
     def row(r: Regret) -> list[str]:
