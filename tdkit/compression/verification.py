@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import fields, is_dataclass
 from functools import partial
+from math import ceil
 from typing import Any
 
 import torch
@@ -190,8 +191,9 @@ class _Comparison:
 class _Wide(TorchFunctionMode):
     """Compute in float64, whatever precision the weights are kept in.
 
-    An operation gets float64 copies of its arguments, one weight at a time, and its results are
-    float64; what is changed in place, or is a view of something, is left in its own precision.
+    An operation gets float64 copies of its arguments, one weight at a time and a large matrix in
+    parts, and its results are float64; what is changed in place, or is a view of something, is
+    left in its own precision.
     """
 
     def __torch_function__(
@@ -216,6 +218,8 @@ class _Wide(TorchFunctionMode):
             return func(*_like(args, out), **_like(options, out), out=out)
         if _is_in_place(name):
             return func(*args[:1], *_like(args[1:], args[0]), **_like(options, args[0]))
+        if func in _IN_PARTS and out is None:
+            return _IN_PARTS[func](func, *args, **options)
         options = _widened(options) if out is None else {**_widened(options), "out": out}
         return _widened(func(*_widened(args), **options))
 
@@ -236,6 +240,91 @@ _VIEWS = frozenset(
 )
 
 _LOOKUPS = (functional.embedding, functional.embedding_bag, torch.embedding)
+
+
+# How much of a weight is held in float64 at once, where an operation can be done in parts: the
+# head of a language model may be most of it. Less than this glibc may keep when it is freed, and
+# then lay the next part beside it.
+_BLOCK_BYTES = 2**25
+
+
+def _layer(
+    func: Callable[..., Tensor],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *rest: Any,
+    **options: Any,
+) -> Tensor:
+    """A linear layer or a convolution, a few output channels at a time."""
+    groups = rest[3] if len(rest) > 3 else options.get("groups", 1)
+    run = partial(_run, func)
+    if groups != 1 or not _is_large(weight):
+        return run(input, weight, bias, *rest, **options)
+    weights = _parts(weight, 0)
+    biases = [None] * len(weights) if bias is None else bias.split(len(weights[0]))
+    input = _widened(input)
+    done = [run(input, *each, *rest, **options) for each in zip(weights, biases, strict=True)]
+    return torch.cat(done, 1 - weight.dim())
+
+
+def _product(
+    func: Callable[..., Tensor], input: Tensor, other: Any = None, **options: Any
+) -> Tensor:
+    """A product of matrices, a few rows or columns of a large one at a time."""
+    right = options.pop("mat2", other)
+    run = partial(_run, func)
+    if _is_large(right) and right.dim() == 2:
+        input = _widened(input)
+        return torch.cat([run(input, part, **options) for part in _parts(right, 1)], -1)
+    if _is_large(input) and input.dim() == 2 and isinstance(right, Tensor):
+        right = _widened(right)
+        rows = -min(right.dim(), 2)
+        return torch.cat([run(part, right, **options) for part in _parts(input, 0)], rows)
+    return run(input, right, **options)
+
+
+def _sum_and_product(
+    func: Callable[..., Tensor], input: Tensor, mat1: Tensor, mat2: Tensor, **scales: Any
+) -> Tensor:
+    """``torch.addmm``, a few columns of a large second matrix at a time."""
+    run = partial(_run, func)
+    if not _is_large(mat2):
+        return run(input, mat1, mat2, **scales)
+    mat1 = _widened(mat1)
+    parts = _parts(mat2, 1)
+    sums = input.expand(len(mat1), mat2.shape[1]).split(parts[0].shape[1], 1)
+    return torch.cat(
+        [run(total, mat1, part, **scales) for total, part in zip(sums, parts, strict=True)], 1
+    )
+
+
+def _run(func: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
+    result: Tensor = _widened(func(*_widened(args), **_widened(options)))
+    return result
+
+
+def _is_large(value: Any) -> bool:
+    """Whether it would take more than a block to widen."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return False
+    # A sparse matrix cannot be split, and takes less than it seems.
+    plain = value.layout == torch.strided and value.dtype != torch.float64
+    return plain and 8 * value.numel() > _BLOCK_BYTES
+
+
+def _parts(weight: Tensor, dim: int) -> Sequence[Tensor]:
+    each = 8 * weight.numel() // weight.shape[dim]
+    # Rounded up, so that no part but the last is less than a block.
+    parts: Sequence[Tensor] = weight.split(ceil(_BLOCK_BYTES / each), dim)
+    return parts
+
+
+_IN_PARTS: dict[Any, Callable[..., Tensor]] = {
+    **dict.fromkeys((functional.linear, torch.conv1d, torch.conv2d, torch.conv3d), _layer),
+    **dict.fromkeys((torch.matmul, Tensor.matmul, torch.mm, Tensor.mm), _product),
+    **dict.fromkeys((torch.addmm, Tensor.addmm), _sum_and_product),
+}
 
 
 def _is_in_place(name: str) -> bool:

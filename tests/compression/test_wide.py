@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from tdkit.compression import verification
@@ -393,3 +394,103 @@ def test_no_weight_but_those_that_were_replaced_is_held_twice() -> None:
     model = Wide()
     assert broken(model, tokens()) == {}
     assert set(seen) == {model.inner.weight.untyped_storage().data_ptr()}
+
+
+class _Largest(TorchDispatchMode):
+    """The most entries that were cast to float64 at once."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and result.dtype == torch.float64:
+            self.entries = max(self.entries, result.numel())
+        return result
+
+
+class Large(nn.Module):
+    """One weight that is large beside all else, used in some way."""
+
+    def __init__(self, shape: tuple[int, ...], use: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.weight, self.use = nn.Parameter(torch.randn(shape)), use
+        self.bias = nn.Parameter(torch.randn(shape[0]))
+        self.shift = nn.Parameter(torch.randn(shape[-1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(self, x)
+
+
+def _conv(dim: int) -> Callable[..., Tensor]:
+    function = getattr(functional, f"conv{dim}d")
+    return lambda m, x: function(x, m.weight, m.bias, 1, padding=1)
+
+
+# By shape of the weight, what is done with it, and shape of the input.
+LARGE: dict[str, tuple[tuple[int, ...], Callable[..., Tensor], tuple[int, ...]]] = {
+    "linear": ((303, 8), lambda m, x: functional.linear(x, m.weight), (2, 3, 8)),
+    "bias": ((303, 8), lambda m, x: functional.linear(x, m.weight, m.bias), (2, 3, 8)),
+    "keywords": (
+        (303, 8),
+        lambda m, x: functional.linear(input=x, weight=m.weight, bias=m.bias),
+        (8,),
+    ),
+    "lookup": (
+        (303, 8),
+        lambda m, x: functional.embedding(torch.arange(5), m.weight) + x,
+        (5, 8),
+    ),
+    "@ transposed": ((303, 8), lambda m, x: x @ m.weight.T, (2, 3, 8)),
+    "@": ((8, 303), lambda m, x: x @ m.weight, (2, 3, 8)),
+    "vector @": ((8, 303), lambda m, x: x @ m.weight, (8,)),
+    "@ on the left": ((303, 8), lambda m, x: m.weight @ x, (2, 8, 3)),
+    "@ vector": ((303, 8), lambda m, x: m.weight @ x, (8,)),
+    "matmul": ((8, 303), lambda m, x: torch.matmul(input=x, other=m.weight), (2, 3, 8)),
+    "mm": ((8, 303), lambda m, x: torch.mm(x, mat2=m.weight), (3, 8)),
+    "addmm": ((8, 303), lambda m, x: torch.addmm(m.shift, x, m.weight), (3, 8)),
+    "addmm, scaled": (
+        (8, 303),
+        lambda m, x: torch.addmm(x[:, :1], x, m.weight, beta=0.5, alpha=2),
+        (3, 8),
+    ),
+    "conv1d": ((303, 8, 1), _conv(1), (2, 8, 5)),
+    "conv2d": ((303, 4, 2, 1), _conv(2), (2, 4, 3, 3)),
+    "conv2d of no batch": ((303, 4, 2, 1), _conv(2), (4, 3, 3)),
+    "conv3d": ((303, 2, 2, 2, 1), _conv(3), (2, 2, 1, 2, 2)),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_weight_is_widened_in_parts(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verification, "_BLOCK_BYTES", 8 * 100)
+    shape, use, given = LARGE[name]
+    model = Large(shape, use).to(dtype)
+    x = torch.randn(given).to(dtype)
+    with torch.no_grad():
+        expected = copy.deepcopy(model).double()(x.double())
+        with _Largest() as seen, verification._Wide():
+            found = model(x)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert 0 < seen.entries < 100 + 8  # a block, and the rest of its last row
+
+
+def test_a_sparse_matrix_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verification, "_BLOCK_BYTES", 8)
+    x, matrix = torch.randn(3, 8), torch.eye(8).to_sparse()
+    with verification._Wide():
+        assert torch.equal(torch.mm(x, matrix), x.double())
+
+
+def test_grouped_convolutions_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verification, "_BLOCK_BYTES", 8)
+    x = torch.randn(2, 8, 5)
+    for model in (nn.Conv1d(8, 12, 3, groups=4), nn.ConvTranspose1d(8, 12, 3)):
+        with torch.no_grad():
+            expected = copy.deepcopy(model).double()(x.double())
+            with verification._Wide():
+                found = model(x)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
