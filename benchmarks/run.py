@@ -87,7 +87,10 @@ PROGRAMS = (
     Program("latency", "5. Latency of the compressed model", "latency.py"),
     Program("machine", "6. How close to the machine", "machine.py"),
     Program("linear", "7. A large Linear", "linear.py"),
-    Program("memory", "8. Memory above the model", "memory.py"),
+    *(
+        Program(f"memory-{name}", f"8. Memory above the model: {name}", f"memory.py --model {name}")
+        for name in ("embedding", "head", "resnet50")
+    ),
 )
 
 
