@@ -38,7 +38,7 @@ from tdkit.decompositions.base import Decomposition, check_rank, unsupported
 from tdkit.decompositions.settings import settings_of
 from tdkit.errors import UnsupportedError, UsageError, command, first_line, option, unknown_name
 from tdkit.forward.inputs import Inputs
-from tdkit.layers.evidence import Evidence
+from tdkit.layers.evidence import MOMENTS, Evidence
 from tdkit.layers.inventory import Layer
 from tdkit.layers.stages import Stage
 from tdkit.layers.traced import TracedModel
@@ -270,7 +270,8 @@ def apply_plan(
     statistics = _Statistics.of(traced, plan.calibration, calibration)
     used = {move.method: methods[move.method] for move in moves.values()}
     given = [traced.read(batch) for batch in batches] if moments_wanted(used, ()) else []
-    moments = layer_moments(traced, given) if given else {}
+    looked_at = [layer for layer, move in moves.items() if MOMENTS in methods[move.method].needs]
+    moments = layer_moments(traced, used, (), looked_at, given)
     factorized: dict[Layer, _Factorized] = {}
     broken: dict[str, str] = {}
     known = {} if found is None else found

@@ -128,7 +128,7 @@ def score(
         need = "needs" if len(needing) == 1 else "need"
         raise UsageError(f"{names} {need} data to look at", f"name some with {option('data')}")
     usable = [layer for layer in traced.layers if layer.reason is None]
-    moments = layer_moments(traced, given) if wanted and given else {}
+    moments = layer_moments(traced, grid.methods, grid.metrics, usable, given)
     scored = _scored(traced.weights, usable, grid, moments, progress)
     if not grid.features:
         return [candidate for candidate, _ in scored]
@@ -149,14 +149,31 @@ def moments_wanted(methods: Mapping[str, Decomposition], metrics: Iterable[Metri
     return any(MOMENTS in each for each in needs)
 
 
-def layer_moments(traced: TracedModel, batches: Sequence[Inputs]) -> dict[str, Moments]:
-    """The moments of the inputs of every layer that can be decomposed, by its name.
+def layer_moments(
+    traced: TracedModel,
+    methods: Mapping[str, Decomposition],
+    metrics: Sequence[Metric],
+    layers: Sequence[Layer],
+    batches: Sequence[Inputs],
+) -> dict[str, Moments]:
+    """The moments of the inputs of those layers that a method or metric looks at, by name.
+
+    They take the square of a layer's inputs each.
+
+    Args:
+        traced: The dense model.
+        methods: Decompositions by name.
+        metrics: Whatever else may look at moments.
+        layers: Layers that are to be decomposed.
+        batches: Model inputs; without any there are no moments.
 
     Raises:
         UnsupportedError: If the model does not run on the batches.
     """
-    names = [layer.name for layer in traced.layers if layer.reason is None]
-    return input_moments(traced.model, names, batches)
+    looking = {name: method for name, method in methods.items() if MOMENTS in method.needs}
+    every = moments_wanted({}, metrics)
+    names = [x.name for x in layers if every or unsupported_by_all(x, looking) is None]
+    return input_moments(traced.model, names, batches) if names and batches else {}
 
 
 # A candidate and, where features are to be measured, the module that stands in for its layer.

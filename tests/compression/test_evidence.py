@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tdkit.compression import scoring
 from tdkit.compression.compress import Goal, apply_plan, compress_model
 from tdkit.compression.plan import Move, Plan
 from tdkit.compression.scoring import Grid, score
@@ -179,6 +180,24 @@ def test_a_metric_that_needs_them_is_refused_without_data() -> None:
     with pytest.raises(UsageError, match=r"^mine needs data to look at") as caught:
         score(TracedModel.of(model()), grid)
     assert "data=" in str(caught.value.hint)
+
+
+def test_they_are_gathered_for_no_layer_that_nothing_looks_at(monkeypatch) -> None:
+    class OfLinear(Looks):
+        def supports(self, layer: LayerSpec) -> str | None:
+            return None if layer.kind == "Linear" else "it is not linear"
+
+    names: list[list[str]] = []
+    gather = scoring.input_moments
+    monkeypatch.setattr(
+        scoring, "input_moments", lambda m, n, b: names.append(list(n)) or gather(m, n, b)
+    )
+    methods = {"of-linear": OfLinear(), "svd": Svd()}
+    score(TracedModel.of(model()), Grid(methods, [RELATIVE], (0.5,)), batches=batches())
+    score(TracedModel.of(model()), Grid({"svd": Svd()}, [RELATIVE], (0.5,)), batches=batches())
+    plan = Plan((Move("conv", "svd", 1), Move("tokens", "of-linear", 1)), calibration="none")
+    apply_plan(TracedModel.of(model(), batches()[0]), plan, methods, batches=batches())
+    assert names == [["tokens"], ["tokens"]]
 
 
 class Weighted(Svd):
