@@ -38,7 +38,7 @@ from tdkit.forward.inputs import Inputs
 from tdkit.layers.evidence import MOMENTS, Evidence, Moments
 from tdkit.layers.inventory import Layer
 from tdkit.layers.traced import TracedModel
-from tdkit.layers.weights import Weights
+from tdkit.layers.weights import Weights, is_finite
 from tdkit.metrics.base import Difference, Metric
 from tdkit.metrics.features import feature_errors
 from tdkit.planners.candidate import Candidate
@@ -329,7 +329,7 @@ def factorize(layer: Layer, weights: Weights, prepared: Prepared, rank: Rank) ->
         # A file does not say whether a weight is to be trained: it is.
         trained = original.requires_grad or not isinstance(original, nn.Parameter)
         parameter.requires_grad_(trained)
-        if not bool(parameter.isfinite().all()):
+        if not is_finite(parameter):
             raise UnsupportedError(f"the factors overflow {weight.dtype}")
     return result
 

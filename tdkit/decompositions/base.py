@@ -25,6 +25,7 @@ from tdkit.layers.evidence import NO_EVIDENCE, Evidence, as_evidence
 from tdkit.layers.impulses import join_groups, split_groups
 from tdkit.layers.spec import LayerSpec
 from tdkit.layers.stages import Flatten, Permute, Stage, Unflatten
+from tdkit.layers.weights import is_finite
 
 Rank = int | tuple[int, ...]
 
@@ -183,7 +184,7 @@ class Prepared:
         reason = unsupported(method, layer)
         if reason:
             raise UnsupportedError(f"this layer cannot be decomposed so: {reason}")
-        if not bool(torch.isfinite(weight).all()):
+        if not is_finite(weight):
             raise UnsupportedError("the weight has NaN or infinite entries")
         wide = weight.detach().to(torch.float64)
         self.scale = float(wide.abs().max()) or 1.0
@@ -477,7 +478,7 @@ def _checked(factors: Sequence[Tensor], stages: Sequence[Stage], method: str) ->
     wanted = [stage.weight_shape for stage in stages if stage.weight_shape is not None]
     if shapes != wanted:
         raise UnsupportedError(f"{method} returned factors of shapes {shapes}, not {wanted}")
-    if not all(bool(torch.isfinite(factor).all()) for factor in factors):
+    if not all(is_finite(factor) for factor in factors):
         raise UnsupportedError(f"{method} returned NaN or infinite factors")
     return factors
 

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from tdkit.layers.chains import stage_of
 from tdkit.layers.spec import KINDS, LayerSpec, spec_of
 from tdkit.layers.stages import Flatten
-from tdkit.layers.weights import Weights
+from tdkit.layers.weights import Weights, is_finite
 
 _OWNERS_THAT_READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
@@ -129,7 +129,7 @@ def _reason_of_weight(weight: Tensor | None, shared: bool) -> str | None:
         (shared, "its weight is tied to another layer's"),
     )
     found = next((reason for failed, reason in checks if failed), None)
-    if found is None and not bool(torch.isfinite(weight).all()):
+    if found is None and not is_finite(weight):
         found = "its weight has NaN or infinite entries"
     return found
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 import safetensors
+import torch
 from torch import Tensor, nn
 
 from tdkit.errors import UnreadableFileError, UsageError, first_line
@@ -97,3 +98,12 @@ class FileWeights:
                 return tensor
         except Exception as error:  # safetensors raises one of its own for every kind of damage
             raise UnreadableFileError(f"{self.path} cannot be read: {first_line(error)}") from error
+
+
+def is_finite(weight: Tensor) -> bool:
+    """Whether a tensor of any shape has no NaN and no infinite entry; it takes no memory."""
+    if not weight.numel():
+        return True
+    # NaN is passed on.
+    lowest, highest = torch.aminmax(weight.detach())
+    return bool(lowest.isfinite() and highest.isfinite())

@@ -2,17 +2,21 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tdkit.compression.scoring import Grid, factorize, prepare, score
 from tdkit.errors import UnreadableFileError, UsageError
 from tdkit.layers.evidence import Evidence
+from tdkit.layers.inventory import find_layers
 from tdkit.layers.traced import TracedModel
-from tdkit.layers.weights import FileWeights, ModuleWeights, StateWeights, Weights
+from tdkit.layers.weights import FileWeights, ModuleWeights, StateWeights, Weights, is_finite
 from tdkit.metrics.weights import ABSOLUTE, RELATIVE
 from tdkit.planners.candidate import Candidate
 from tdkit.registry import load_registry, resolve_methods
@@ -124,3 +128,39 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     damaged.write_bytes(damaged.read_bytes()[:-100])
     with pytest.raises(UnreadableFileError, match=r"model\.safetensors cannot be read"):
         FileWeights(damaged).bias("2")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_weight_is_finite_where_all_its_entries_are(dtype) -> None:
+    weight = torch.linspace(-1, 1, 60, dtype=dtype).reshape(3, 4, 5)
+    assert is_finite(nn.Parameter(weight))
+    assert is_finite(weight.mT)
+    assert is_finite(weight[:0])
+    for value in ("nan", "inf", "-inf"):
+        broken = weight.clone()
+        broken[1, 2, 3] = float(value)
+        assert not is_finite(broken)
+
+
+class Largest(TorchDispatchMode):
+    """The most entries of a tensor that any operation makes, views of a model's aside."""
+
+    entries = 0
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.known = {each.data_ptr() for each in model.parameters()}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = [each for each in tree_leaves(result) if isinstance(each, torch.Tensor)]
+        own = [each for each in made if each.data_ptr() not in self.known]
+        self.entries = max([self.entries, *(each.numel() for each in own)])
+        return result
+
+
+def test_looking_at_layers_takes_no_memory_of_their_size() -> None:
+    model = nn.Sequential(nn.Linear(300, 200), nn.Linear(200, 300), nn.Linear(300, 8))
+    with Largest(model) as made:
+        find_layers(model)
+    assert made.entries < 300
