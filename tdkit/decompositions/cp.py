@@ -108,14 +108,17 @@ class PreparedCp(Prepared):
     method: Cp
 
     def refined(self, rank: Rank) -> PreparedCp:
-        """More sweeps from the same start."""
+        """More sweeps from the same start; as it is where they gain nothing.
+
+        Close to an exact rank the first sweeps, in float32, may end by chance where more do not.
+        """
         sweeps, tolerance = _REFINING
         result = copy.copy(self)
         result.method = copy.copy(self.method)
         result.method.sweeps = max(sweeps, self.method.sweeps)
         result.method.tolerance = min(tolerance, self.method.tolerance)
         result._latest = None
-        return result
+        return result if result.error(rank) < self.error(rank) else self
 
     def group_factors(self, rank: Rank) -> list[Sequence[Tensor]]:
         """ALS, then each factor as its stage has it, (out, in, *kernel), norms spread evenly."""

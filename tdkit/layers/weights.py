@@ -102,7 +102,7 @@ class FileWeights:
 
 def is_finite(weight: Tensor) -> bool:
     """Whether a tensor of any shape has no NaN and no infinite entry; it takes no memory."""
-    if not weight.numel():
+    if not torch.numel(weight):
         return True
     # NaN is passed on.
     lowest, highest = torch.aminmax(weight.detach())

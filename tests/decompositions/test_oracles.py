@@ -205,6 +205,17 @@ def test_cp_from_the_orthogonal_start_needs_no_luck() -> None:
         assert errors.pop() < min(others)
 
 
+@pytest.mark.parametrize("seed", [1600, 1048])
+def test_refined_cp_is_never_worse_close_to_an_exact_rank(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (4, 4, 2, 2, 2)
+    fibres = [torch.randn(n, 1, generator=generator, dtype=torch.float64) for n in sizes]
+    noise = 1e-6 * torch.randn(sizes, generator=generator, dtype=torch.float64)
+    weight = torch.einsum("ar,br,cr,dr,er->abcde", *fibres) + noise
+    prepared = Cp().prepare(spec_of(nn.Conv3d(4, 4, 2)), weight, 0)
+    assert prepared.refined(3).error(3) <= prepared.error(3)
+
+
 def test_refined_cp_goes_on_from_the_same_start() -> None:
     weight = smooth_weight(24, 16, 3, 3, decay=0.3)
     for start in STARTS:
