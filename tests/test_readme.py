@@ -98,7 +98,8 @@ def test_command(command: str, folder: Path) -> None:
         (folder / output).write_text(done.stdout)
 
 
-def test_python_blocks() -> None:
+def test_python_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     blocks = [block for kind, block in BLOCKS if kind == "python"]
     assert blocks
     for block in blocks:
