@@ -106,9 +106,9 @@ def arguments(name: str) -> dict[str, Any]:
 
     if name != "resnet50":
         tokens = torch.arange(8)[None].repeat(2, 1)
-        # One layer of a hundredth of the model or less: what remains is dense.
+        # One layer of less than a hundredth of the model: what remains is dense.
         return {
-            "budget": 0.99 if name == "embedding" else 0.999,
+            "budget": 0.999,
             "layers": ["2"],
             "methods": ["svd"],
             "example_inputs": (tokens,),
