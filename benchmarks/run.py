@@ -39,11 +39,13 @@ class Program:
         name: What selects it on the command line.
         title: The section's heading.
         arguments: The file in this folder, and its arguments.
+        limit: Seconds after which it is ended.
     """
 
     name: str
     title: str
     arguments: str
+    limit: float = LIMIT
 
     @property
     def command(self) -> str:
@@ -88,7 +90,12 @@ PROGRAMS = (
     Program("machine", "6. How close to the machine", "machine.py"),
     Program("linear", "7. A large Linear", "linear.py"),
     *(
-        Program(f"memory-{name}", f"8. Memory above the model: {name}", f"memory.py --model {name}")
+        Program(
+            f"memory-{name}",
+            f"8. Memory above the model: {name}",
+            f"memory.py --model {name}",
+            limit=2 * LIMIT,  # five processes
+        )
         for name in ("embedding", "head", "resnet50")
     ),
 )
@@ -138,12 +145,12 @@ def run(program: Program, quick: bool) -> Outcome:
         start_new_session=True,
     ) as child:
         try:
-            output, errors = child.communicate(timeout=LIMIT)
+            output, errors = child.communicate(timeout=program.limit)
             failure = failure_of(child.returncode, errors)
         except subprocess.TimeoutExpired:
             os.killpg(child.pid, signal.SIGKILL)
             output, _ = child.communicate()
-            failure = f"was ended after {LIMIT:.0f} s"
+            failure = f"was ended after {program.limit:.0f} s"
         except BaseException:
             os.killpg(child.pid, signal.SIGKILL)
             raise
