@@ -19,6 +19,7 @@ from tdkit.calibration.batchnorm import (
     shift_statistics,
 )
 from tdkit.calibration.noise import noise_batches
+from tdkit.compression.kept import Kept
 from tdkit.compression.plan import Move, Plan
 from tdkit.compression.scoring import (
     Grid,
@@ -209,7 +210,8 @@ def compress_model(
     if goal.cost.name not in {cost.name for cost in grid.costs}:
         grid = replace(grid, costs=(*grid.costs, goal.cost))
     total = total_cost(traced.model, traced.layers, goal.cost)
-    candidates = score(traced, grid, batches=batches, progress=progress)
+    kept = Kept.beside(traced.model)
+    candidates = score(traced, grid, batches=batches, progress=progress, kept=kept)
     put_back: dict[str, str] = {}
     found: dict[tuple[str, Move], _Factorized] = {}
     while True:
@@ -229,6 +231,7 @@ def compress_model(
             costs=grid.costs,
             all_or_nothing=True,
             found=found,
+            kept=kept,
         )
         if not result.put_back:
             return replace(result, put_back=put_back)
@@ -245,6 +248,7 @@ def apply_plan(
     costs: Sequence[Cost] = (PARAMS, MACS),
     all_or_nothing: bool = False,
     found: dict[tuple[str, Move], _Factorized] | None = None,
+    kept: Kept | None = None,
 ) -> Compressed:
     """Replace what a plan says, verify it block by block, and calibrate as the plan says.
 
@@ -257,6 +261,7 @@ def apply_plan(
         costs: What to count before and after.
         all_or_nothing: Leave the model as it is when a layer of the plan breaks it.
         found: Factorizations that were made already, by layer and move; more are added.
+        kept: Decompositions from scoring the same layers on the same batches.
 
     Raises:
         UsageError: If the plan names an unknown layer or method, or a rank that does not fit, or
@@ -281,7 +286,9 @@ def apply_plan(
                 key = (layer.name, moves[layer])
                 if key not in known:
                     evidence = Evidence(plan.seed, moments.get(layer.name))
-                    known[key] = _factorized(traced, layer, moves[layer], methods, evidence)
+                    known[key] = _factorized(
+                        traced, layer, moves[layer], methods, evidence, kept or Kept(0)
+                    )
                 factorized[layer] = known[key]
             if traced.inputs is not None:
                 modules = {layer: factorized[layer].module for layer in block}
@@ -292,16 +299,16 @@ def apply_plan(
                     surgery.replace(layer, factorized[layer].module)
         if broken and all_or_nothing:
             surgery.undo()
-        kept = {layer: f for layer, f in factorized.items() if layer.name not in broken}
-        structure = {layer.name: f.stages for layer, f in kept.items()}
-        found_costs = {c.name: _after(before[c.name], c, kept, structure) for c in costs}
+        replaced = {layer: f for layer, f in factorized.items() if layer.name not in broken}
+        structure = {layer.name: f.stages for layer, f in replaced.items()}
+        found_costs = {c.name: _after(before[c.name], c, replaced, structure) for c in costs}
         uncalibrated = statistics.shift(traced.model) if not (broken and all_or_nothing) else None
     return Compressed(
         model=traced.model,
         plan=_without(replace(plan, moves=tuple(moves.values())), broken),
         layers=traced.layers,
         structure=structure,
-        errors={layer.name: f.error for layer, f in kept.items()},
+        errors={layer.name: f.error for layer, f in replaced.items()},
         put_back=broken,
         verified=traced.inputs is not None,
         costs=found_costs,
@@ -451,10 +458,14 @@ def _factorized(
     move: Move,
     methods: Mapping[str, Decomposition],
     evidence: Evidence,
+    kept: Kept,
 ) -> _Factorized:
     assert layer.spec is not None
     with blamed(move.method, layer):
-        prepared = prepare(layer, traced.weights, move.method, methods[move.method], evidence)
+        method = methods[move.method]
+        prepared = kept.take(layer.name, move.method) or prepare(
+            layer, traced.weights, move.method, method, evidence
+        )
         assert prepared is not None
         refined = prepared.refined(move.rank)
         distance = refined.error(move.rank)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from tdkit.calibration.moments import input_moments
+from tdkit.compression.kept import Kept
 from tdkit.costs.base import Cost, change
 from tdkit.costs.macs import MACS
 from tdkit.costs.params import PARAMS
@@ -104,6 +105,7 @@ def score(
     *,
     batches: Iterable[Any] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
+    kept: Kept | None = None,
 ) -> list[Candidate]:
     """Score every candidate that is smaller than its layer.
 
@@ -115,6 +117,7 @@ def score(
             moments. Layers that they never reach have no candidates then.
         progress: Called with the units done and all units, a unit being a layer's parameters
             under one method.
+        kept: Where decompositions go that may be of use afterwards.
 
     Raises:
         UsageError: If data are needed and there are none, or a metric or cost breaks its law.
@@ -129,7 +132,7 @@ def score(
         raise UsageError(f"{names} {need} data to look at", f"name some with {option('data')}")
     usable = [layer for layer in traced.layers if layer.reason is None]
     moments = layer_moments(traced, grid.methods, grid.metrics, usable, given)
-    scored = _scored(traced.weights, usable, grid, moments, progress)
+    scored = _scored(traced.weights, usable, grid, moments, progress, kept)
     if not grid.features:
         return [candidate for candidate, _ in scored]
     groups = _grouped(scored, _TOGETHER)
@@ -186,18 +189,24 @@ def _scored(
     grid: Grid,
     moments: Mapping[str, Moments],
     progress: Callable[[int, int], None],
+    kept: Kept | None,
 ) -> Iterator[_Scored]:
     """All candidates, scored on the weights."""
     total, done = sum(layer.parameters for layer in layers) * len(grid.methods), 0
     for layer in layers:
         for name in grid.methods:
-            yield from _candidates(layer, weights, name, grid, moments.get(layer.name))
+            yield from _candidates(layer, weights, name, grid, moments.get(layer.name), kept)
             done += layer.parameters
             progress(done, total)
 
 
 def _candidates(
-    layer: Layer, weights: Weights, method: str, grid: Grid, moments: Moments | None
+    layer: Layer,
+    weights: Weights,
+    method: str,
+    grid: Grid,
+    moments: Moments | None,
+    kept: Kept | None,
 ) -> Iterator[_Scored]:
     with blamed(method, layer):
         evidence = Evidence(grid.seed, moments)
@@ -208,6 +217,8 @@ def _candidates(
             stand_in = factorize(layer, weights, ready, rank) if grid.features else None
             found = candidate_of(layer, method, ready, rank, grid.metrics, grid.costs, moments)
             yield found, stand_in
+        if kept is not None:
+            kept.add(layer.name, method, ready)
 
 
 def _ranks(layer: Layer, prepared: Prepared, grid: Grid, limit: float) -> Iterator[Rank]:
