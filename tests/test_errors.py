@@ -18,9 +18,6 @@ CORE = sorted(
     if "cli" not in path.relative_to(PACKAGE).parts
 )
 
-# What is an option of another program, which is spelled as that program has it.
-_FOREIGN = {"pytest_plugin.py": ["--cases"]}
-
 # Not var(--ink), which is CSS.
 _SHELL_OPTION = re.compile(r"(^|[^\w(-])--([a-z]|$)")
 
@@ -62,7 +59,7 @@ def test_close_names_are_few_and_close() -> None:
 @pytest.mark.parametrize("file", CORE)
 def test_no_message_of_the_core_spells_an_option(file) -> None:
     found = [text for text in texts(PACKAGE / file) if _SHELL_OPTION.search(text)]
-    assert found == _FOREIGN.get(file, [])
+    assert found == []
 
 
 def test_options_in_text_are_seen() -> None:
