@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from small_cnn import SHAPE, dataset, images, network, same
 from torch import nn
 
@@ -87,6 +88,10 @@ def test_writing_leaves_the_model_where_it_is(tmp_path) -> None:
     done = tdkit.compress(model, 0.8, input_shape=SHAPE, measure=False, **SVD)
     done.save(tmp_path / "small.safetensors")
     done.save(tmp_path / "small.pt", format="state-dict")
+    # Fixed raises where it is moved; what is written is the model all the same.
+    weights = load_file(tmp_path / "small.safetensors")
+    for key, value in done.model.state_dict().items():
+        assert torch.equal(weights[key], value)
 
 
 @pytest.mark.usefixtures("elsewhere")
