@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tdkit import defaults
 from tdkit.errors import UsageError, option
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ class Source:
     allow_classes: Sequence[str] = ()
     unsafe: bool = False
     input_shape: tuple[int, ...] | None = None
-    device: str = "auto"
-    seed: int = 0
+    device: str = defaults.DEVICE
+    seed: int = defaults.SEED
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def open_dataset(
     registry: Registry,
     root: Path | None = None,
     image_size: tuple[int, int] | None = None,
-    seed: int = 0,
+    seed: int = defaults.SEED,
 ) -> Dataset:
     """Open the data set that ``NAME`` or ``NAME:PATH`` names.
 

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "tdkit"
 
 # From the bottom up. A module imports from lower levels and from its own folder only.
 LEVELS = (
-    {"version", "errors", "pytest_plugin", "tables", "progress"},
+    {"version", "errors", "defaults", "pytest_plugin", "tables", "progress"},
     {"files", "recipes", "hookspecs"},
     {"forward"},
     {"layers"},
@@ -109,7 +109,7 @@ def test_typer_and_rich_are_for_the_command_line() -> None:
 
 
 def test_the_command_line_calls_nothing_but_the_public_functions() -> None:
-    allowed = re.compile(r"tdkit(\.(api|cli|errors|tables|version)(\..*)?)?")
+    allowed = re.compile(r"tdkit(\.(api|cli|defaults|errors|tables|version)(\..*)?)?")
     for name, found in IMPORTS.items():
         if part(f"{name}.") == "cli":
             own = {other for other in found if other.partition(".")[0] == "tdkit"}

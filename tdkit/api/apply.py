@@ -8,8 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tdkit import arguments
-from tdkit.api import options
+from tdkit import arguments, defaults
 from tdkit.api.compress import REPLACING, Settings, traced_subject
 from tdkit.api.compression import Compression, Ending, finish
 from tdkit.api.files import plan_title
@@ -33,12 +32,12 @@ def apply(
     model: Model,
     *,
     settings: Settings | None = None,
-    calibration: str = options.CALIBRATION,
+    calibration: str = defaults.CALIBRATION,
     input_shape: str | Sequence[int] | None = None,
     example_inputs: Any = None,
     data: Any = None,
     data_root: str | Path | None = None,
-    samples: int = options.SAMPLES,
+    samples: int = defaults.SAMPLES,
     arch: str | None = None,
     weights: str | None = None,
     allow_classes: str | Sequence[str] = (),
@@ -51,7 +50,7 @@ def apply(
     format: str | None = None,
     force: bool = False,
     measure: bool = True,
-    batch_size: int = options.BATCH_SIZE,
+    batch_size: int = defaults.BATCH_SIZE,
     inplace: bool = False,
     progress: Progress | bool = False,
     say: Callable[[str], None] = lambda text: None,

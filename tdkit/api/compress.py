@@ -8,8 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tdkit import arguments
-from tdkit.api import options
+from tdkit import arguments, defaults
 from tdkit.api.compression import Compression, Ending, Ready, finish
 from tdkit.api.subject import Given, Model, Subject, open_subject
 from tdkit.compression.compress import Goal, compress_model
@@ -36,14 +35,14 @@ Settings = Mapping[str, Mapping[str, Setting]]
 
 def compress(
     model: Model,
-    budget: float = options.BUDGET,
+    budget: float = defaults.BUDGET,
     *,
-    cost: str = options.COST,
+    cost: str = defaults.COST,
     methods: str | Sequence[str] | None = None,
     settings: Settings | None = None,
-    metric: str = options.METRIC,
-    planner: str = options.PLANNER,
-    calibration: str = options.CALIBRATION,
+    metric: str = defaults.METRIC,
+    planner: str = defaults.PLANNER,
+    calibration: str = defaults.CALIBRATION,
     keeps: float | Sequence[float] | None = None,
     layers: str | Sequence[str] = (),
     include_ends: bool = False,
@@ -51,13 +50,13 @@ def compress(
     example_inputs: Any = None,
     data: Any = None,
     data_root: str | Path | None = None,
-    samples: int = options.SAMPLES,
+    samples: int = defaults.SAMPLES,
     arch: str | None = None,
     weights: str | None = None,
     allow_classes: str | Sequence[str] = (),
     unsafe_load: bool = False,
     device: str | None = None,
-    seed: int = options.SEED,
+    seed: int = defaults.SEED,
     finetune: int | None = None,
     learning_rate: float | None = None,
     resume: str | Path | None = None,
@@ -65,7 +64,7 @@ def compress(
     format: str | None = None,
     force: bool = False,
     measure: bool = True,
-    batch_size: int = options.BATCH_SIZE,
+    batch_size: int = defaults.BATCH_SIZE,
     inplace: bool = False,
     dry_run: bool = False,
     progress: Progress | bool = False,

@@ -12,11 +12,11 @@ from typing import Any
 from torch import nn
 
 from tdkit.api.files import Destination, write
-from tdkit.api.options import PATIENCE
 from tdkit.api.subject import Subject
 from tdkit.compression.compress import Compressed, larger_than_dense
 from tdkit.compression.plan import Plan
 from tdkit.compression.report import Report, measure, near_chance
+from tdkit.defaults import PATIENCE
 from tdkit.errors import UsageError, noted, option
 from tdkit.layers.inventory import Layer
 from tdkit.layers.stages import Stage

@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tdkit import arguments
-from tdkit.api import options
+from tdkit import arguments, defaults
 from tdkit.calibration.moments import input_moments
 from tdkit.compression.scoring import Grid, blamed, prepare
 from tdkit.compression.scoring import factorize as factorized
@@ -64,10 +63,10 @@ def factorize(
     rank: Rank | None = None,
     *,
     keep: float | None = None,
-    rule: str = options.RULE,
+    rule: str = defaults.RULE,
     settings: Mapping[str, Setting] | None = None,
     inputs: Tensor | None = None,
-    seed: int = options.SEED,
+    seed: int = defaults.SEED,
 ) -> Factorization:
     """Factorize a single layer, which stays as it is.
 

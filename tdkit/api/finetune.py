@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from tdkit.api import options
+from tdkit import defaults
 from tdkit.api.files import Destination, write_model
 from tdkit.api.subject import Given, Model, open_subject
 from tdkit.errors import UsageError, option
@@ -84,12 +84,12 @@ def finetune(
     model: Model,
     data: Any,
     *,
-    epochs: int = options.EPOCHS,
+    epochs: int = defaults.EPOCHS,
     learning_rate: float | None = None,
     batch_size: int | None = None,
     optimizer: str | None = None,
-    patience: int = options.PATIENCE,
-    autocast: str = options.AUTOCAST,
+    patience: int = defaults.PATIENCE,
+    autocast: str = defaults.AUTOCAST,
     resume: str | Path | None = None,
     data_root: str | Path | None = None,
     arch: str | None = None,
@@ -98,7 +98,7 @@ def finetune(
     unsafe_load: bool = False,
     input_shape: str | Sequence[int] | None = None,
     device: str | None = None,
-    seed: int = options.SEED,
+    seed: int = defaults.SEED,
     output: str | Path | None = None,
     format: str | None = None,
     force: bool = False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tdkit.api import options
+from tdkit import defaults
 from tdkit.api.compress import compress
 from tdkit.api.score import Scores
 from tdkit.api.subject import Model, settled
@@ -16,12 +16,12 @@ from tdkit.registry import load_registry, lookup
 
 def plan(
     model: Model | Scores,
-    budget: float = options.BUDGET,
+    budget: float = defaults.BUDGET,
     *,
-    cost: str = options.COST,
-    metric: str = options.METRIC,
-    planner: str = options.PLANNER,
-    calibration: str = options.CALIBRATION,
+    cost: str = defaults.COST,
+    metric: str = defaults.METRIC,
+    planner: str = defaults.PLANNER,
+    calibration: str = defaults.CALIBRATION,
     **more: Any,
 ) -> Plan:
     """Plan a compression: which layers become what.
@@ -59,7 +59,7 @@ def plan(
         lookup(registry.costs, cost, "cost").create(),
         lookup(registry.metrics, metric, "metric").create(),
         chooser.name,
-        settled(calibration, "noise"),
+        settled(calibration, defaults.NO_DATA_CALIBRATION),
     )
     total = model.totals.get(goal.cost.name)
     if total is None or not all(goal.metric.name in c.errors for c in model.candidates):

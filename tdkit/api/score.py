@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from tdkit import arguments
-from tdkit.api import options
+from tdkit import arguments, defaults
 from tdkit.api.compress import Settings
 from tdkit.api.files import DEFAULT
 from tdkit.api.subject import Given, Model, open_subject
@@ -95,9 +94,9 @@ class Scores:
 
 def score(
     model: Model,
-    metrics: str | Sequence[str] = options.METRIC,
+    metrics: str | Sequence[str] = defaults.METRIC,
     *,
-    rule: str = options.RULE,
+    rule: str = defaults.RULE,
     methods: str | Sequence[str] | None = None,
     settings: Settings | None = None,
     keeps: float | Sequence[float] | None = None,
@@ -107,13 +106,13 @@ def score(
     example_inputs: Any = None,
     data: Any = None,
     data_root: str | Path | None = None,
-    samples: int = options.SCORE_SAMPLES,
+    samples: int = defaults.SCORE_SAMPLES,
     arch: str | None = None,
     weights: str | None = None,
     allow_classes: str | Sequence[str] = (),
     unsafe_load: bool = False,
     device: str | None = None,
-    seed: int = options.SEED,
+    seed: int = defaults.SEED,
     output: str | Path | None = None,
     force: bool = False,
     progress: Progress | bool = False,

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from tdkit import arguments
-from tdkit.api.options import DEVICE, SEED
 from tdkit.calibration.batchnorm import CALIBRATIONS, Calibration
 from tdkit.datasets.base import Dataset, Split
+from tdkit.defaults import DEVICE, NO_DATA_CALIBRATION, SEED
 from tdkit.errors import UsageError, option
 from tdkit.forward.copying import plain_module
 from tdkit.forward.inputs import Inputs, first_float, random_inputs
@@ -131,7 +131,7 @@ class Subject:
             UsageError: If it is unknown.
         """
         there = self.batches or (self.dataset is not None and self.dataset.train)
-        return settled(how, planned or ("data" if there else "noise"))
+        return settled(how, planned or ("data" if there else NO_DATA_CALIBRATION))
 
     def check_test(self) -> None:
         """Refuse, before any work, test images that the model cannot be measured on.

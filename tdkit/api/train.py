@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tdkit.api import options
+from tdkit import defaults
 from tdkit.errors import UsageError
 from tdkit.files import atomic_write, check_writable
 from tdkit.progress import Progress, listening
@@ -73,7 +73,7 @@ def train(
     output: str | Path | None = None,
     resume: str | Path | None = None,
     data_root: str | Path | None = None,
-    device: str = options.DEVICE,
+    device: str = defaults.DEVICE,
     force: bool = False,
     progress: Progress | bool = False,
     say: Callable[[str], None] = lambda text: None,

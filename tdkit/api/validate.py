@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from tdkit.api import options
+from tdkit import defaults
 from tdkit.api.report import Study, conclude
 from tdkit.errors import UnreadableFileError, UnsupportedError, UsageError, noted, option
 from tdkit.progress import Progress, listening
@@ -54,7 +54,7 @@ def validate(
     unsafe_load: bool = False,
     input_shape: str | Sequence[int] | None = None,
     data_root: str | Path | None = None,
-    device: str = options.DEVICE,
+    device: str = defaults.DEVICE,
     report: bool = False,
     progress: Progress | bool = False,
     note: Callable[[str], None] = lambda text: None,

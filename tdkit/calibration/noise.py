@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tdkit import defaults
+
 NOISE_IMAGES = 128
 
 
@@ -12,7 +14,7 @@ NOISE_IMAGES = 128
 _NOISE = ((NOISE_IMAGES, 2**23), (64, 2**21))
 
 
-def noise_images(like: Tensor, count: int = NOISE_IMAGES, seed: int = 0) -> Tensor:
+def noise_images(like: Tensor, count: int = NOISE_IMAGES, seed: int = defaults.SEED) -> Tensor:
     """Random images with the spectrum of natural ones, amplitude 1/f (Field 1987).
 
     Args:

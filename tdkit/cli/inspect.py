@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tdkit.api import options as defaults
+from tdkit import defaults
 from tdkit.cli import options
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from tdkit.api import options as defaults
+from tdkit import defaults
 from tdkit.cli import options
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tdkit import defaults
 from tdkit.calibration.batchnorm import (
     CALIBRATIONS,
     Calibration,
@@ -73,8 +74,8 @@ class Goal:
     budget: float
     cost: Cost = PARAMS
     metric: Metric = RELATIVE
-    planner: str = "greedy"
-    calibration: Calibration = "noise"
+    planner: str = defaults.PLANNER
+    calibration: Calibration = defaults.NO_DATA_CALIBRATION
 
     def __post_init__(self) -> None:
         number = isinstance(self.budget, int | float) and not isinstance(self.budget, bool)

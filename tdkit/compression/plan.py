@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tdkit import defaults
 from tdkit.calibration.batchnorm import CALIBRATIONS, Calibration
 from tdkit.errors import UnreadableFileError, UsageError, command
 from tdkit.planners.candidate import Candidate, to_json
@@ -53,12 +54,12 @@ class Plan:
     """
 
     moves: tuple[Move, ...]
-    seed: int = 0
+    seed: int = defaults.SEED
     budget: float | None = None
-    cost: str = "params"
+    cost: str = defaults.COST
     metric: str | None = None
     planner: str | None = None
-    calibration: Calibration = "noise"
+    calibration: Calibration = defaults.NO_DATA_CALIBRATION
     settings: Settings = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     candidates: tuple[Candidate, ...] = field(default=(), compare=False)
@@ -125,7 +126,8 @@ class Plan:
         entries = value.get("moves")
         if not isinstance(entries, Sequence) or isinstance(entries, str):
             raise UsageError(f'{source} has no list of "moves"', _made_by())
-        seed, cost, budget = value.get("seed", 0), value.get("cost", "params"), value.get("budget")
+        seed, cost = value.get("seed", defaults.SEED), value.get("cost", defaults.COST)
+        budget = value.get("budget")
         if type(seed) is not int:
             raise UsageError(f'{source}: "seed" is not a whole number: {seed!r}')
         if not isinstance(cost, str):
@@ -133,7 +135,7 @@ class Plan:
         for key in ("metric", "planner"):
             if not isinstance(value.get(key), str | None):
                 raise UsageError(f'{source}: "{key}" is not a name: {value[key]!r}')
-        calibration = value.get("calibration", "noise")
+        calibration = value.get("calibration", defaults.NO_DATA_CALIBRATION)
         if calibration not in CALIBRATIONS:
             known = ", ".join(CALIBRATIONS)
             raise UsageError(f'{source}: "calibration" is none of {known}: {calibration!r}')

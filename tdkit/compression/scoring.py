@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tdkit import defaults
 from tdkit.calibration.moments import input_moments
 from tdkit.compression.kept import Kept
 from tdkit.costs.base import Cost, change
@@ -78,8 +79,8 @@ class Grid:
     methods: Mapping[str, Decomposition]
     metrics: Sequence[Metric]
     keeps: Sequence[float] = COMPRESSION_KEEPS
-    rule: str = "best"
-    seed: int = 0
+    rule: str = defaults.RULE
+    seed: int = defaults.SEED
     limits: Mapping[str, float] = field(default_factory=dict)
     costs: Sequence[Cost] = (PARAMS, MACS)
     versions: Mapping[str, str] = field(default_factory=dict)

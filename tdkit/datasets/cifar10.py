@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torchvision.datasets import CIFAR10
 
+from tdkit import defaults
 from tdkit.datasets.base import in_memory_dataset
 from tdkit.datasets.locate import VARIABLE, cache_folder, search
 from tdkit.errors import UnreadableFileError, option
@@ -27,7 +28,7 @@ def create(
     root: Path | None = None,
     path: str | None = None,
     image_size: int | None = None,
-    seed: int = 0,
+    seed: int = defaults.SEED,
     reader: type[CIFAR10] = CIFAR10,
 ) -> Dataset:
     """Load the data set, downloading it when no folder has it.

@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING, cast
 
 import torch
 
+from tdkit import defaults
 from tdkit.datasets.base import in_memory_dataset
 from tdkit.datasets.locate import VARIABLE, cache_folder, search
 from tdkit.errors import UnreadableFileError, option
@@ -46,7 +47,7 @@ def create(
     root: Path | None = None,
     path: str | None = None,
     image_size: int | None = None,
-    seed: int = 0,
+    seed: int = defaults.SEED,
 ) -> Dataset:
     """Load the data set, downloading it when no folder has it.
 

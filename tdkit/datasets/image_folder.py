@@ -13,6 +13,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import is_image_file
 from torchvision.transforms import functional
 
+from tdkit import defaults
 from tdkit.datasets.base import (
     Dataset,
     batches_of,
@@ -129,7 +130,7 @@ def create(
     root: Path | None = None,
     path: str | None = None,
     image_size: int | tuple[int, int] | None = None,
-    seed: int = 0,
+    seed: int = defaults.SEED,
 ) -> Dataset:
     """Find the images under a folder; they are decoded when a batch is asked for.
 

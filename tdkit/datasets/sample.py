@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from tdkit import defaults
 from tdkit.datasets.base import (
     Dataset,
     TensorSplit,
@@ -36,7 +37,7 @@ def create(
     root: Path | None = None,
     path: str | None = None,
     image_size: int | None = None,
-    seed: int = 0,
+    seed: int = defaults.SEED,
     file: Path = FILE,
 ) -> Dataset:
     """Load the bundled images.

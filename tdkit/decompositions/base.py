@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from tdkit import defaults
 from tdkit.errors import UnsupportedError, UsageError
 from tdkit.layers.chains import weighted
 from tdkit.layers.evidence import NO_EVIDENCE, Evidence, as_evidence
@@ -196,7 +197,7 @@ class Prepared:
         """The Frobenius norm of the layer's weight."""
         return self.scale * float(torch.linalg.vector_norm(self.weight))
 
-    def rank(self, keep: float, rule: str = "best") -> Rank:
+    def rank(self, keep: float, rule: str = defaults.RULE) -> Rank:
         """The rank for a keep, the same for all groups.
 
         Args:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tdkit import defaults
 from tdkit.errors import UsageError, first_line
 
 
@@ -180,7 +181,9 @@ def _set_parts(parts: Sequence[Any], made: Any) -> None:
     made[:] = parts
 
 
-def random_inputs(model: nn.Module, shape: Sequence[int], batch: int = 2, seed: int = 0) -> Inputs:
+def random_inputs(
+    model: nn.Module, shape: Sequence[int], batch: int = 2, seed: int = defaults.SEED
+) -> Inputs:
     """A batch of standard normal inputs in the model's dtype and on its device.
 
     Args:

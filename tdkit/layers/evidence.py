@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from tdkit import defaults
+
 MOMENTS = "moments"
 """The need of what looks at the moments of a layer's inputs."""
 
@@ -36,7 +38,7 @@ class Evidence:
         moments: Of the layer's inputs; None where none were collected, or nobody asked for them.
     """
 
-    seed: int = 0
+    seed: int = defaults.SEED
     moments: Moments | None = None
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
+from tdkit import defaults
 from tdkit.errors import UsageError, option
 from tdkit.recipes import BUNDLED, Setting, load_recipe, require
 from tdkit.training.recipe import FitRecipe
@@ -193,7 +194,7 @@ class StudyRecipe:
     rank_rule: Literal["proportional", "best"] = "proportional"
     metrics: tuple[str, ...] = METRICS
     runs: int = 1
-    seed: int = 0
+    seed: int = defaults.SEED
     evaluation: ImagesRecipe = field(default_factory=lambda: ImagesRecipe("test"))
     features: ImagesRecipe = field(default_factory=lambda: ImagesRecipe("train", 1000))
     ranks: tuple[RankRecipe, ...] = ()

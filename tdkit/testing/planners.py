@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tdkit import defaults
 from tdkit.planners.base import Option, Planner, UnreachableError
 from tdkit.pytest_plugin import CASES
 
@@ -60,7 +61,9 @@ class PlannerLaws:
         assert caught.value.most == 0
 
 
-def check_planner(planner: Planner, options: Sequence[Option], needed: int, seed: int = 0) -> None:
+def check_planner(
+    planner: Planner, options: Sequence[Option], needed: int, seed: int = defaults.SEED
+) -> None:
     """Check law 9 on some options.
 
     The budget is held with at most one option per layer, their order is irrelevant, and the choice

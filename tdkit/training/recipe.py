@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tdkit import defaults
 from tdkit.errors import UsageError
 
 if sys.version_info >= (3, 11):
@@ -87,7 +88,7 @@ class FitRecipe:
     optimizer: OptimizerRecipe
     schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
     label_smoothing: float = 0.0
-    autocast: Literal["none", "bfloat16"] = "none"
+    autocast: Literal["none", "bfloat16"] = defaults.AUTOCAST
     channels_last: bool = False
     patience: int | None = None
 

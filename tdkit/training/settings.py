@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+from tdkit import defaults
 from tdkit.errors import TdkitError, UsageError, option
 from tdkit.recipes import parse_recipe
 from tdkit.training.loop import NEAR_ZERO_SHARE, last_learning_rate
@@ -49,7 +50,7 @@ class FinetuneSettings:
     batch_size: int | None = None
     optimizer: OptimizerName | None = None
     patience: int | None = None
-    autocast: Autocast = "none"
+    autocast: Autocast = defaults.AUTOCAST
 
     def __post_init__(self) -> None:
         if self.learning_rate is not None and not math.isfinite(self.learning_rate):

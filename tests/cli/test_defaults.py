@@ -1,13 +1,17 @@
-"""No default is written twice: a command's is that of the public function."""
+"""No default is written twice: a command's is that of the public function, which names it."""
 
 from __future__ import annotations
 
+import ast
 import inspect
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import tdkit
+from tdkit import defaults as written
 from tdkit.cli import app
 
 COMMANDS = {each.callback.__name__: each.callback for each in app.registered_commands}
@@ -50,3 +54,40 @@ def test_every_option_is_one_of_the_function_or_about_printing(command) -> None:
         for name in inspect.signature(COMMANDS[command]).parameters
     }
     assert shell - python <= {"json", "dry_run", "no_report"}
+
+
+# By the name of an option what it may be when nobody says.
+WRITTEN = {name.lower(): value for name, value in vars(written).items() if name.isupper()} | {
+    "metrics": written.METRIC
+}
+
+
+def literals(path: Path) -> Iterator[tuple[str, Any]]:
+    """The parameters of functions and the fields of records that have a literal as default."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        found: list[tuple[str, ast.expr | None]] = []
+        if isinstance(node, ast.FunctionDef):
+            given = node.args.posonlyargs + node.args.args
+            last = given[len(given) - len(node.args.defaults) :]
+            found += [(a.arg, d) for a, d in zip(last, node.args.defaults, strict=True)]
+            only = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+            found += [(a.arg, d) for a, d in only]
+        elif isinstance(node, ast.ClassDef):
+            fields = [each for each in node.body if isinstance(each, ast.AnnAssign)]
+            found += [(ast.unparse(each.target), each.value) for each in fields]
+        for name, value in found:
+            if isinstance(value, ast.Constant):
+                yield name, value.value
+
+
+def test_no_default_is_written_but_on_its_page() -> None:
+    package = Path(tdkit.__file__).parent
+    found = {path: list(literals(path)) for path in package.rglob("*.py")}
+    assert sum(map(len, found.values())) > 100
+    twice = [
+        f"{path.relative_to(package)}: {name} = {value!r}"
+        for path, each in found.items()
+        for name, value in each
+        if name in WRITTEN and value == WRITTEN[name] and value is not None
+    ]
+    assert twice == []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 BUDGET = 0.5
 """The fraction of the model's cost that may remain."""
 
@@ -31,4 +33,8 @@ EPOCHS = 10
 PATIENCE = 5
 """Epochs without a better validation accuracy after which a fine-tuning stops."""
 
-AUTOCAST = "none"
+AUTOCAST: Final = "none"
+"""The type that a fine-tuning computes in, where it is another than the parameters'."""
+
+NO_DATA_CALIBRATION: Final = "noise"
+"""What BatchNorm is fitted to where a plan does not say on what."""
