@@ -53,5 +53,9 @@ def test_a_study(tmp_path: Path) -> None:
     for old, new in zip(want, have, strict=True):
         trial, costs, errors, correct = old
         assert new[:2] == [trial, costs]
-        assert new[2] == pytest.approx(errors, abs=TOLERANCE.get(trial[1], 1e-12), rel=1e-9)
+        close = TOLERANCE.get(trial[1], 1e-12)
+        for name, error in errors.items():
+            # Features are computed in float32, which each processor rounds in its own way.
+            rel = 1e-6 if name.endswith("features") else 1e-9
+            assert new[2][name] == pytest.approx(error, abs=close, rel=rel), (trial, name)
         assert new[3] == correct, trial

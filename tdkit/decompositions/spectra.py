@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Of an energy: what squared errors that are the same may differ by from processor to processor.
+_ROUNDING = 1e-14
+
 
 def leading_basis(matrix: Tensor) -> Tensor:
     """An orthonormal basis of the column space, by falling energy.
@@ -26,6 +29,18 @@ def leading_basis(matrix: Tensor) -> Tensor:
         return basis
     vectors: Tensor = torch.linalg.eigh(matrix @ matrix.mT).eigenvectors
     return vectors.flip(-1)
+
+
+def smallest_of_least(errors: Tensor, sizes: Tensor, energy: float) -> int:
+    """The place of the least squared error; of those that only rounding tells apart the smallest.
+
+    Args:
+        errors: Squared errors of any shape, infinite where something does not fit.
+        sizes: What each takes, of the same shape.
+        energy: The squared norm of what is approximated, in whose rounding errors drown.
+    """
+    least = errors <= errors.min() + _ROUNDING * energy
+    return int(torch.where(least, sizes, torch.iinfo(torch.int64).max).argmin())
 
 
 def energies(matrix: Tensor) -> Tensor:

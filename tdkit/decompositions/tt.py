@@ -18,7 +18,13 @@ from torch import Tensor
 
 from tdkit.decompositions.base import Decomposition, Prepared, Rank
 from tdkit.decompositions.hosvd import hosvd
-from tdkit.decompositions.spectra import energies, fitted, leading_basis, tail_norms
+from tdkit.decompositions.spectra import (
+    energies,
+    fitted,
+    leading_basis,
+    smallest_of_least,
+    tail_norms,
+)
 from tdkit.layers.evidence import NO_EVIDENCE, Evidence
 from tdkit.layers.spec import LayerSpec
 
@@ -135,10 +141,16 @@ class PreparedTensorTrain(Prepared):
         first = first.clamp(max=trains.most)
         bounds = self._ends[trains.last, first.clamp(min=0)] + trains.lost
         bounds = torch.where(first >= trains.least, bounds, math.inf)
-        cut, column = divmod(int(bounds.argmin()), len(trains.last))
-        if not math.isfinite(float(bounds[cut, column])):
+        if not math.isfinite(float(bounds.min())):
             return (1,) * (len(self._shape) - 1)
-        return (int(first[cut, column]), *trains.middles[cut], int(trains.last[column]))
+        size = (trains.size + trains.growth * first).long()
+        energy = float(self._hosvd.squared[0, 0])
+        cut, column = divmod(smallest_of_least(bounds, size, energy), len(trains.last))
+        last = int(trains.last[column])
+        low, high = int(trains.least[cut, column]), int(first[cut, column])
+        ends = self._ends[last, low : high + 1]
+        low += smallest_of_least(ends, torch.arange(len(ends)), energy)
+        return (low, *trains.middles[cut], last)
 
     def unit_error(self, rank: Rank) -> float:
         """The root of the squared truncation errors, from tables and spectra."""

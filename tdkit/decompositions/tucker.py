@@ -17,7 +17,7 @@ from torch import Tensor
 from tdkit.decompositions.base import Decomposition, Prepared, Rank
 from tdkit.decompositions.hosvd import hosvd, project
 from tdkit.decompositions.settings import refuse_negative
-from tdkit.decompositions.spectra import fitted, leading_basis
+from tdkit.decompositions.spectra import fitted, leading_basis, smallest_of_least
 from tdkit.layers.evidence import NO_EVIDENCE, Evidence
 from tdkit.layers.spec import LayerSpec
 
@@ -109,7 +109,8 @@ class PreparedTucker(Prepared):
             + math.prod(group.kernel_size) * r_in * r_out
             + group.out_channels * r_out
         )
-        best = int(torch.where(size <= parameters, squared, math.inf).argmin())
+        fitting = torch.where(size <= parameters, squared, math.inf)
+        best = smallest_of_least(fitting, size, float(self._hosvd.squared[0, 0]))
         return best // squared.shape[1] + 1, best % squared.shape[1] + 1
 
     def unit_error(self, rank: Rank) -> float:

@@ -355,3 +355,21 @@ def test_cp_goes_on_where_float32_cannot_tell_a_gain(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(cp, "_COARSE", math.inf)  # float64 from the second sweep on
     exact = prepared(options, weight).error(10)
     assert error == pytest.approx(exact, rel=1e-6)
+
+
+class TestRanksThatOnlyRoundingTellsApart:
+    """A matrix of rank 2 gains nothing by more: the smallest of the best is taken everywhere."""
+
+    matrix = (
+        torch.randn(16, 2, generator=torch.Generator().manual_seed(0)).double()
+        @ torch.randn(2, 20, generator=torch.Generator().manual_seed(1)).double()
+    )
+
+    def test_tucker(self) -> None:
+        spec = spec_of(nn.Conv2d(20, 16, 1))
+        assert Tucker().prepare(spec, self.matrix[..., None, None]).best_rank(250) == (2, 2)
+
+    def test_tt(self) -> None:
+        spec, weight = spec_of(nn.Conv2d(20, 16, 3)), self.matrix[..., None, None]
+        spread = weight * torch.ones(3, 3).double()
+        assert TensorTrain().prepare(spec, spread).best_rank(400)[::2] == (2, 2)
