@@ -1,6 +1,6 @@
 """What is promised of the bundled model, on the real test set where it is there."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ from tdkit.errors import UnreadableFileError
 from tdkit.forward.inputs import random_inputs
 from tdkit.layers.counting import model_parameters
 from tdkit.layers.traced import TracedModel
+from tdkit.metrics.base import penalties
 from tdkit.metrics.weights import RELATIVE
 from tdkit.planners.candidate import Candidate
 from tdkit.planners.greedy import greedy
@@ -129,8 +130,12 @@ def test_the_objective_is_within_two_percent_of_the_optimum(
     scored: Scored, budget: float, cost: Cost
 ) -> None:
     plan = scored.plan(Goal(budget, cost))
-    penalty = sum(c.errors["relative-weights"] ** 2 for c in plan.candidates)
+    penalty = penalties(errors_of(plan.candidates), "logarithm").sum()
     assert penalty <= 1.02 * optimum(scored, budget, cost.name)
+
+
+def errors_of(candidates: Sequence[Candidate]) -> list[float]:
+    return [c.errors["relative-weights"] for c in candidates]
 
 
 def optimum(scored: Scored, budget: float, cost: str) -> float:
@@ -140,7 +145,7 @@ def optimum(scored: Scored, budget: float, cost: str) -> float:
     names = sorted({c.layer for c in candidates})
     one_each = np.array([[c.layer == name for c in candidates] for name in names], float)
     result = milp(
-        c=[c.errors["relative-weights"] ** 2 for c in candidates],
+        c=penalties(errors_of(candidates), "logarithm"),
         integrality=np.ones(len(candidates)),
         bounds=(0, 1),
         constraints=[

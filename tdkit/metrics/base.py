@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -16,14 +16,36 @@ from torch import Tensor
 from tdkit.errors import TdkitError, UnlawfulError, UsageError, first_line
 from tdkit.layers.evidence import Evidence
 
-Penalty = Literal["squares", "itself"]
-"""By what an error adds up over layers: its square, or itself."""
+Floats = NDArray[np.float64]
 
-PENALTIES: Mapping[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
-    "squares": np.square,
-    "itself": np.array,
+# Of relative errors: at the square root of this a layer counts as dead.
+_DEAD = 1 - 1e-6
+
+
+def _logarithm(errors: Floats) -> Floats:
+    squares = np.square(np.minimum(errors, 1e100))
+    within = np.minimum(squares, _DEAD)
+    # Beyond it goes on along the tangent: worse than dead is worse.
+    result: Floats = -np.log1p(-within) + (squares - within) / (1 - _DEAD)
+    return result
+
+
+def _relative_to_largest(errors: Floats) -> Floats:
+    return errors / (errors[np.isfinite(errors)].max(initial=0.0) or 1.0)
+
+
+PENALTIES: Mapping[str, Callable[[Floats], Floats]] = {
+    "logarithm": _logarithm,
+    "squares": lambda errors: np.square(_relative_to_largest(errors)),
+    "itself": _relative_to_largest,
 }
-"""The laws that an error may add up by, each a rising function of errors of at least 0."""
+"""The laws that an error may add up by, each a rising function of errors of at least 0.
+
+``logarithm`` is minus the logarithm of 1 - e², the share of the energy that is kept, so that their
+sum is that of the kept shares' product: unlike e² it does not forgive a layer that is dead. It is
+for errors relative to what they approximate. The others are relative to the largest error, so that
+nothing over- or underflows.
+"""
 
 
 @dataclass(frozen=True)
@@ -69,8 +91,8 @@ class Metric:
             of elements to the error.
         compare: Instead of ``value``, maps a :class:`Difference` to the error; it may look at the
             tensors and at the evidence.
-        penalty: By what the error adds up over layers: ``squares``, or ``itself``. Planner and
-            study rank by it.
+        penalty: By what the error adds up over layers, one of :data:`PENALTIES`. Planner and study
+            rank by it.
         needs: What evidence ``compare`` looks at, such as ``moments``.
 
     Raises:
@@ -89,13 +111,21 @@ class Metric:
         if self.penalty not in PENALTIES:
             raise UsageError(
                 f"the metric {self.name} adds up by {self.penalty!r}, which is no penalty",
-                f"it is {' or '.join(PENALTIES)}",
+                f"it is {', '.join([*PENALTIES][:-1])} or {[*PENALTIES][-1]}",
             )
         if (self.value is None) == (self.compare is None):
             raise UsageError(
                 f"the metric {self.name} needs a value of norms, or a compare of a difference",
                 "give one of the two",
             )
+
+    def adding_up_by(self, penalty: str | None) -> Metric:
+        """The same error under another law; as it is for None.
+
+        Raises:
+            UsageError: If there is no such penalty.
+        """
+        return self if penalty is None else replace(self, penalty=penalty)
 
     def of(self, difference: Difference) -> float:
         """The error of an approximation, not yet held against the law; see :meth:`check`.
@@ -128,10 +158,8 @@ class Metric:
         return error
 
 
-def penalties(errors: Iterable[float] | NDArray[np.float64], law: str) -> NDArray[np.float64]:
+def penalties(errors: Iterable[float] | Floats, law: str) -> Floats:
     """What each error adds to the sum that a planner keeps small.
-
-    Relative to the largest one, so that no square over- or underflows.
 
     Args:
         errors: Any shape.
@@ -149,8 +177,7 @@ def penalties(errors: Iterable[float] | NDArray[np.float64], law: str) -> NDArra
         raise UsageError(
             f"an error of {values[known].min():g} cannot guide a planner: errors are at least 0"
         )
-    largest = values[known].max(initial=0.0) or 1.0
-    return PENALTIES[law](np.where(known, values, np.nan) / largest)
+    return PENALTIES[law](np.where(known, values, np.nan))
 
 
 def absolute(error: float, norm: float, size: int) -> float:

@@ -16,8 +16,8 @@ class Option:
     Attributes:
         layer: The layer's name.
         saving: The cost it saves, in the unit of the budget; above 0.
-        penalty: What it adds to the objective: the error of the chosen metric, relative to the
-            largest of all candidates, squared where the metric says so.
+        penalty: What it adds to the objective: the error of the chosen metric by its law, see
+            :data:`tdkit.metrics.base.PENALTIES`.
         index: Its place in the list of candidates it was made from.
     """
 

@@ -206,8 +206,9 @@ class TestChoose:
     @pytest.mark.parametrize("scale", [1e-200, 1e200])
     def test_squares_neither_overflow_nor_vanish(self, scale: float) -> None:
         small, large = candidate("b", 500, 100, scale), candidate("a", 500, 100, 3 * scale)
-        assert pick([large, small], 0.6) == [small]
-        assert pick([small, large], 0.6) == [small]
+        squares = RELATIVE.adding_up_by("squares")
+        assert pick([large, small], 0.6, metric=squares) == [small]
+        assert pick([small, large], 0.6, metric=squares) == [small]
 
     def test_all_errors_zero(self) -> None:
         assert len(pick([candidate("a", 500, 100, 0.0), candidate("b", 500, 100, 0.0)], 0.6)) == 1

@@ -42,7 +42,9 @@ def record(name: str) -> dict[str, Any]:
     model, shape = _model(name, registry)
     traced = TracedModel.of(model, random_inputs(model, shape))
     methods = resolve_methods(registry)
-    metrics = resolve_metrics(registry, ["relative-weights"])
+    # By squares, as planners added up when the expectations were written.
+    (metric,) = resolve_metrics(registry, ["relative-weights"])
+    metrics = [metric.adding_up_by("squares")]
     grid = Grid(methods, metrics, limits=method_limits(registry))
     planner = lookup(registry.planners, "greedy", "planner").create()
     candidates = score(traced, grid)
@@ -50,7 +52,8 @@ def record(name: str) -> dict[str, Any]:
     specs = {layer.name: layer.spec for layer in traced.layers}
     plans = {}
     for budget in BUDGETS[name]:
-        plan = make_plan(total, candidates, Goal(budget, calibration="none"), planner, grid)
+        goal = Goal(budget, metric=metrics[0], calibration="none")
+        plan = make_plan(total, candidates, goal, planner, grid)
         result = apply_plan(TracedModel.of(model), plan, methods)
         plans[str(budget)] = [
             [

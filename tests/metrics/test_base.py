@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -60,7 +61,7 @@ def scored(*metrics: Metric, batches: Sequence[Tensor] = ()) -> list[Candidate]:
 def test_unknown_penalties_are_refused_at_construction(penalty: Any) -> None:
     with pytest.raises(UsageError, match="the metric mine adds up by") as caught:
         Metric("mine", "weights", weights.RELATIVE.value, penalty=penalty)
-    assert caught.value.hint == "it is squares or itself"
+    assert caught.value.hint == "it is logarithm, squares or itself"
 
 
 @pytest.mark.parametrize("both", [True, False])
@@ -218,6 +219,23 @@ def test_penalties_are_relative_to_the_largest_and_rise_with_the_error() -> None
         assert found[3] == pytest.approx(3**-power)
         assert math.isnan(found[2])
         assert math.isnan(found[4])
+
+
+def test_the_logarithm_is_of_the_energy_that_is_kept_and_rises_beyond_all() -> None:
+    errors = [0.0, 0.1, 0.5, 0.999, 1.0, 1.5, 1e200]
+    found = penalties(errors, "logarithm")
+    assert found[:4] == pytest.approx([-math.log(1 - e * e) for e in errors[:4]])
+    assert np.isfinite(found).all()
+    assert (np.diff(found) > 0).all()
+    assert penalties([1e-9], "logarithm") == pytest.approx([1e-18])
+
+
+def test_a_dead_layer_is_forgiven_by_squares_and_not_by_the_logarithm() -> None:
+    dead, worse = candidate("a", 200, 0.999), [candidate("a", 100, 0.7), candidate("b", 100, 0.75)]
+    assert pick([dead, *worse], mine("squares"), 0.98) == [dead]
+    assert pick([dead, *worse], mine("logarithm"), 0.98) == worse
+    assert mine("squares").adding_up_by("logarithm").penalty == "logarithm"
+    assert mine("squares").adding_up_by(None) == mine("squares")
 
 
 def norms(difference: Difference) -> float:
