@@ -36,5 +36,14 @@ PATIENCE = 5
 AUTOCAST: Final = "none"
 """The type that a fine-tuning computes in, where it is another than the parameters'."""
 
+EFFORTS = ("fast", "default", "best")
+"""``fast`` fits BatchNorm's statistics to data, ``default`` the factors of every layer, ``best``
+those to the activations that follow as well."""
+
+EFFORT = "default"
+
+OLD_EFFORT = "fast"
+"""What a plan means that does not say."""
+
 NO_DATA_CALIBRATION: Final = "noise"
 """What BatchNorm is fitted to where a plan does not say on what."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tdkit import arguments, defaults
-from tdkit.api.compress import REPLACING, Settings, traced_subject
+from tdkit.api.compress import REFITTING, REPLACING, Settings, traced_subject
 from tdkit.api.compression import Compression, Ending, finish
 from tdkit.api.files import plan_title
 from tdkit.api.subject import Given, Model, open_subject
@@ -65,7 +65,7 @@ def apply(
         plan: From :func:`compress`, written by hand, or the path of a plan file.
         model: The dense model: a module, a file or a registered name.
         settings: Of methods, other than the plan's.
-        calibration: What BatchNorm is fitted on; ``auto`` is what the plan says.
+        calibration: What the layers are fitted to; ``auto`` is what the plan says.
         input_shape: See :func:`compress`, as for all that follows.
         example_inputs: Arguments of a forward pass, tensors of any shape.
         data: Batches of model inputs, or a data set.
@@ -134,6 +134,7 @@ def apply(
             batches=batches,
             calibration=images,
             costs=_costs(wanted, registry),
+            progress=lambda done, total: update(REFITTING, done, total),
         )
         update(REPLACING, 1, 1)
         if result.put_back and not result.plan.moves:

@@ -41,8 +41,10 @@ def compress(
     methods: str | Sequence[str] | None = None,
     settings: Settings | None = None,
     metric: str = defaults.METRIC,
+    penalty: str | None = None,
     planner: str = defaults.PLANNER,
     calibration: str = defaults.CALIBRATION,
+    effort: str = defaults.EFFORT,
     keeps: float | Sequence[float] | None = None,
     layers: str | Sequence[str] = (),
     include_ends: bool = False,
@@ -89,9 +91,14 @@ def compress(
         settings: Of methods: ``{"cp": {"sweeps": 20}}``.
         metric: The error whose penalties, summed over layers, are kept small. Feature metrics
             need ``data``.
+        penalty: By what errors add up over layers: ``logarithm``, ``squares`` or ``itself``; by
+            the metric's own law if None. See :data:`tdkit.metrics.base.PENALTIES`.
         planner: The name of the planner.
-        calibration: What BatchNorm is fitted to the compressed layers on: ``data``, ``noise``
-            images, ``none``, or ``auto``: data where there are some.
+        calibration: What the compressed layers are fitted to: ``data``; ``noise`` images, for
+            BatchNorm alone; ``none``; or ``auto``: data where there are some.
+        effort: How hard, where it is data: ``fast`` fits BatchNorm's statistics, ``default`` the
+            factors of every layer to what the compressed layers before it deliver, ``best`` those
+            to the activation that follows, too.
         keeps: Fractions of a layer's parameters to consider.
         layers: Shell patterns of layer names; all by default.
         include_ends: Consider the first and the last layer too.
@@ -145,7 +152,11 @@ def compress(
     record = lookup(registry.metrics, metric, "metric")
     chooser = lookup(registry.planners, planner, "planner")
     goal = Goal(
-        budget, lookup(registry.costs, cost, "cost").create(), record.create(), chooser.name
+        budget,
+        lookup(registry.costs, cost, "cost").create(),
+        record.create().adding_up_by(penalty),
+        chooser.name,
+        effort=effort,
     )
     found = resolve_methods(registry, wanted, settings)
     grid = Grid(
@@ -194,11 +205,12 @@ def compress(
         result = compress_model(
             traced,
             grid,
-            Goal(goal.budget, goal.cost, goal.metric, goal.planner, how),
+            replace(goal, calibration=how),
             chooser.create(),
             batches=batches,
             calibration=images,
             progress=lambda done, total: _update(update, done, total),
+            refitting=lambda done, total: update(REFITTING, done, total),
         )
         update(REPLACING, 1, 1)
         return finish(subject, traced, result, ready, before, start, update, say, note)
@@ -206,6 +218,9 @@ def compress(
 
 REPLACING = "replacing, verifying, calibrating"
 """What follows the scores, and is not counted."""
+
+REFITTING = "fitting to data"
+"""What follows that where there are data."""
 
 
 def _update(progress: Progress, done: int, total: int) -> None:

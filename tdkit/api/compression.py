@@ -13,6 +13,7 @@ from torch import nn
 
 from tdkit.api.files import Destination, write
 from tdkit.api.subject import Subject
+from tdkit.compression.calibrating import Step
 from tdkit.compression.compress import Compressed, larger_than_dense
 from tdkit.compression.plan import Plan
 from tdkit.compression.report import Report, measure, near_chance
@@ -35,6 +36,9 @@ _CALIBRATED = {
 }
 
 
+_OF_THE_PLAN = ("budget", "cost", "metric", "penalty", "planner", "effort", "seed")
+
+
 @dataclass(frozen=True, eq=False)
 class Compression:
     """A compressed model, and everything that is known about how it came about.
@@ -49,7 +53,8 @@ class Compression:
         structure: The stages that stand in for each replaced layer, by name.
         errors: The relative error of each replaced layer's weight, by name.
         verified: Whether a forward pass has compared it with its dense reconstruction.
-        calibration: What BatchNorm is fitted to the compressed layers on.
+        calibration: What the compressed layers are fitted to.
+        steps: What was fitted to data, one after the other, and what each made of the outputs.
         uncalibrated: Why it is not, where the plan asks for it.
         seconds: How long it took.
         written: The file that it was written to, where one was asked for.
@@ -67,6 +72,7 @@ class Compression:
     errors: Mapping[str, float]
     verified: bool
     calibration: str
+    steps: tuple[Step, ...]
     uncalibrated: str | None
     seconds: float
     written: Destination | None
@@ -99,7 +105,7 @@ class Compression:
         parts = [str(self.moves())] if self.plan.moves else []
         parts.append(str(self.report))
         if self.plan.moves:
-            parts.append(_CALIBRATED[self.calibration])
+            parts.append(self._fitted())
         return "\n\n".join(parts)
 
     def _repr_html_(self) -> str:
@@ -121,8 +127,17 @@ class Compression:
 
     @property
     def remark(self) -> str | None:
-        """What BatchNorm is calibrated on; None where nothing was replaced."""
-        return _CALIBRATED[self.calibration] if self.plan.moves else None
+        """What the layers are fitted to; None where nothing was replaced."""
+        return self._fitted() if self.plan.moves else None
+
+    def _fitted(self) -> str:
+        if len(self.steps) < 2:
+            return _CALIBRATED[self.calibration]
+        first, last = self.steps[0], self.steps[-1]
+        return (
+            f"the factors are fitted to unlabelled inputs: on those held back the outputs differ"
+            f" by {last.divergence:.2g} where {first.name} alone left {first.divergence:.2g}"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Everything as JSON values: the one object that ``tdkit compress --json`` prints."""
@@ -130,10 +145,11 @@ class Compression:
         moves = [{**m, "relative_error": self.errors[m["layer"]]} for m in plan["moves"]]
         file = self.written
         return {
-            **{key: plan[key] for key in ("budget", "cost", "metric", "planner", "seed")},
+            **{key: plan[key] for key in _OF_THE_PLAN},
             **self.report.to_json(),
             "verified": self.verified,
             "calibration": self.calibration,
+            "steps": [{"name": s.name, "divergence": s.divergence} for s in self.steps],
             "uncalibrated": self.uncalibrated,
             "put_back": dict(self.put_back),
             "seconds": round(self.seconds, 3),
@@ -261,6 +277,7 @@ def finish(
         errors=result.errors,
         verified=result.verified,
         calibration=result.calibrated,
+        steps=result.steps,
         uncalibrated=result.uncalibrated,
         seconds=0.0,
         written=destination,
@@ -335,6 +352,7 @@ def _notes(subject: Subject, traced: TracedModel, result: Compressed) -> Sequenc
     """What the user should know about the model and its compression."""
     notes = [*subject.opened.notes, *traced.notes]
     notes += [f"{name} was put back: {reason}" for name, reason in result.put_back.items()]
+    notes += result.notes
     if not result.plan.moves:
         notes.append("nothing was replaced")
     notes += [f"the plan makes the layer {name} larger" for name in larger_than_dense(result)]

@@ -20,8 +20,10 @@ def plan(
     *,
     cost: str = defaults.COST,
     metric: str = defaults.METRIC,
+    penalty: str | None = None,
     planner: str = defaults.PLANNER,
     calibration: str = defaults.CALIBRATION,
+    effort: str = defaults.EFFORT,
     **more: Any,
 ) -> Plan:
     """Plan a compression: which layers become what.
@@ -36,8 +38,10 @@ def plan(
         budget: The fraction of the whole model's cost that may remain, in (0, 1].
         cost: What the budget counts.
         metric: The error whose penalties, summed over layers, are kept small.
+        penalty: By what errors add up over layers; by the metric's own law if None.
         planner: The name of the planner.
-        calibration: What BatchNorm is to be fitted on; of scores, ``auto`` is noise.
+        calibration: What the layers are to be fitted to; of scores, ``auto`` is noise.
+        effort: How hard, where it is data.
         **more: Of a model, whatever else :func:`compress` takes.
 
     Raises:
@@ -45,7 +49,8 @@ def plan(
         UnsupportedError: If the model cannot be copied, run or compressed.
     """
     if not isinstance(model, Scores):
-        more |= {"metric": metric, "planner": planner, "calibration": calibration}
+        more |= {"metric": metric, "penalty": penalty, "planner": planner}
+        more |= {"calibration": calibration, "effort": effort}
         return compress(model, budget, cost=cost, dry_run=True, **more).plan
     if more:
         raise UsageError(
@@ -57,9 +62,10 @@ def plan(
     goal = Goal(
         budget,
         lookup(registry.costs, cost, "cost").create(),
-        lookup(registry.metrics, metric, "metric").create(),
+        lookup(registry.metrics, metric, "metric").create().adding_up_by(penalty),
         chooser.name,
         settled(calibration, defaults.NO_DATA_CALIBRATION),
+        effort,
     )
     total = model.totals.get(goal.cost.name)
     if total is None or not all(goal.metric.name in c.errors for c in model.candidates):

@@ -33,11 +33,18 @@ def compress(
     metric: Annotated[
         str, typer.Option(help="Approximation error that guides the planner; see tdkit plugins.")
     ] = defaults.METRIC,
+    penalty: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="What errors add up by: logarithm, squares, itself; else the metric's."),
+    ] = None,
     planner: Annotated[
         str, typer.Option(help="How to choose among candidates.")
     ] = defaults.PLANNER,
     keeps: options.Keeps = None,
     calibration: options.Calibration = defaults.CALIBRATION,
+    effort: Annotated[
+        str, typer.Option(help="How hard to fit to data: fast, default or best.")
+    ] = defaults.EFFORT,
     samples: options.Samples = defaults.SAMPLES,
     finetune: options.Finetune = None,
     learning_rate: options.LearningRate = None,
@@ -84,8 +91,10 @@ def compress(
             methods=names,
             settings=settings,
             metric=metric,
+            penalty=penalty,
             planner=planner,
             calibration=calibration,
+            effort=effort,
             keeps=fractions,
             layers=layers or (),
             include_ends=include_ends,

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
-import torch
 from torch import nn
 
 from tdkit import defaults
-from tdkit.calibration.batchnorm import (
-    CALIBRATIONS,
-    Calibration,
-    Statistics,
-    has_statistics,
-    norm_statistics,
-    shift_statistics,
-)
-from tdkit.calibration.noise import noise_batches
+from tdkit.calibration.batchnorm import CALIBRATIONS, Calibration, has_statistics
+from tdkit.compression.calibrating import Calibrated, Calibrating, Step
 from tdkit.compression.kept import Kept
 from tdkit.compression.plan import Move, Plan
+from tdkit.compression.refit import Part
 from tdkit.compression.scoring import (
     Grid,
     blamed,
@@ -38,9 +32,8 @@ from tdkit.costs.macs import MACS
 from tdkit.costs.params import PARAMS
 from tdkit.decompositions.base import Decomposition, check_rank, unsupported
 from tdkit.decompositions.settings import settings_of
-from tdkit.errors import UnsupportedError, UsageError, command, first_line, option, unknown_name
-from tdkit.forward.inputs import Inputs
-from tdkit.layers.evidence import MOMENTS, Evidence
+from tdkit.errors import UnsupportedError, UsageError, command, option, unknown_name
+from tdkit.layers.evidence import MOMENTS, Evidence, Moments
 from tdkit.layers.inventory import Layer
 from tdkit.layers.stages import Stage
 from tdkit.layers.traced import TracedModel
@@ -65,10 +58,11 @@ class Goal:
         cost: What the budget counts.
         metric: The error whose penalties, summed over layers, are kept small.
         planner: The planner's name, for the record.
-        calibration: How BatchNorm is fitted to the compressed layers; ``data`` needs some.
+        calibration: What the compressed layers are fitted to; ``data`` needs some.
+        effort: How hard, where it is data; one of :data:`tdkit.defaults.EFFORTS`.
 
     Raises:
-        UsageError: If the budget is no such fraction, or the calibration unknown.
+        UsageError: If the budget is no such fraction, or the calibration or the effort unknown.
     """
 
     budget: float
@@ -76,6 +70,7 @@ class Goal:
     metric: Metric = RELATIVE
     planner: str = defaults.PLANNER
     calibration: Calibration = defaults.NO_DATA_CALIBRATION
+    effort: str = defaults.EFFORT
 
     def __post_init__(self) -> None:
         number = isinstance(self.budget, int | float) and not isinstance(self.budget, bool)
@@ -88,6 +83,10 @@ class Goal:
             raise UsageError(
                 f"unknown calibration {self.calibration!r}",
                 f"it is one of {', '.join(CALIBRATIONS)}",
+            )
+        if self.effort not in defaults.EFFORTS:
+            raise UsageError(
+                f"unknown effort {self.effort!r}", f"it is one of {', '.join(defaults.EFFORTS)}"
             )
 
 
@@ -107,6 +106,8 @@ class Compressed:
         costs: Of the whole model before and after, by the name of a cost; None where unknown.
         uncalibrated: Why BatchNorm is not fitted to the compressed layers although the plan asks
             for it.
+        steps: What was fitted to data one after the other, and what each step made of the outputs.
+        notes: What the user should know of that.
     """
 
     model: nn.Module
@@ -118,13 +119,19 @@ class Compressed:
     verified: bool
     costs: Mapping[str, Change | None] = field(default_factory=dict)
     uncalibrated: str | None = None
+    steps: tuple[Step, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def refitted(self) -> bool:
+        """Whether the factors are fitted to data."""
+        return len(self.steps) > 1
 
     @property
     def calibrated(self) -> Calibration:
-        """What BatchNorm is fitted to the compressed layers on; ``none`` where there is no such."""
-        if self.uncalibrated is not None or not has_statistics(self.model):
-            return "none"
-        return self.plan.calibration
+        """What the compressed layers are fitted to; ``none`` where there is no such."""
+        fitted = self.refitted or has_statistics(self.model)
+        return self.plan.calibration if fitted and self.uncalibrated is None else "none"
 
 
 def larger_than_dense(result: Compressed) -> list[str]:
@@ -171,8 +178,10 @@ def make_plan(
         budget=goal.budget,
         cost=goal.cost.name,
         metric=goal.metric.name,
+        penalty=goal.metric.penalty,
         planner=goal.planner,
         calibration=goal.calibration,
+        effort=goal.effort,
         settings={name: settings_of(grid.methods[name]) for name in used},
         versions=grid.versions,
         candidates=tuple(chosen),
@@ -188,6 +197,7 @@ def compress_model(
     batches: Sequence[Any] = (),
     calibration: Sequence[Any] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
+    refitting: Callable[[int, int], None] = lambda done, total: None,
 ) -> Compressed:
     """Score, plan, replace, verify and calibrate; what cannot be replaced is planned around.
 
@@ -201,6 +211,7 @@ def compress_model(
         calibration: Model inputs to match BatchNorm's statistics on, where that is the goal's
             calibration; never those that are reported on.
         progress: Called with units done and all units while scoring.
+        refitting: Called with the layers that are fitted to data and all of them.
 
     Raises:
         UsageError: If the budget is out of reach or something is missing for it.
@@ -233,6 +244,7 @@ def compress_model(
             all_or_nothing=True,
             found=found,
             kept=kept,
+            progress=refitting,
         )
         if not result.put_back:
             return replace(result, put_back=put_back)
@@ -250,6 +262,7 @@ def apply_plan(
     all_or_nothing: bool = False,
     found: dict[tuple[str, Move], _Factorized] | None = None,
     kept: Kept | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Compressed:
     """Replace what a plan says, verify it block by block, and calibrate as the plan says.
 
@@ -263,6 +276,7 @@ def apply_plan(
         all_or_nothing: Leave the model as it is when a layer of the plan breaks it.
         found: Factorizations that were made already, by layer and move; more are added.
         kept: Decompositions from scoring the same layers on the same batches.
+        progress: Called with the layers that are fitted to data and all of them.
 
     Raises:
         UsageError: If the plan names an unknown layer or method, or a rank that does not fit, or
@@ -273,11 +287,8 @@ def apply_plan(
     for layer, move in moves.items():
         _check_move(layer, move, methods)
     before = {cost.name: _total(traced, cost) for cost in costs}
-    statistics = _Statistics.of(traced, plan.calibration, calibration)
-    used = {move.method: methods[move.method] for move in moves.values()}
-    given = [traced.read(batch) for batch in batches] if moments_wanted(used, ()) else []
-    looked_at = [layer for layer, move in moves.items() if MOMENTS in methods[move.method].needs]
-    moments = layer_moments(traced, used, (), looked_at, given)
+    calibrating = Calibrating.of(traced, list(moves), plan, calibration)
+    moments = _moments(traced, moves, methods, batches)
     factorized: dict[Layer, _Factorized] = {}
     broken: dict[str, str] = {}
     known = {} if found is None else found
@@ -298,12 +309,14 @@ def apply_plan(
             for layer in block:
                 if layer.name not in broken:
                     surgery.replace(layer, factorized[layer].module)
+        replaced = {layer: f for layer, f in factorized.items() if layer.name not in broken}
         if broken and all_or_nothing:
             surgery.undo()
-        replaced = {layer: f for layer, f in factorized.items() if layer.name not in broken}
-        structure = {layer.name: f.stages for layer, f in replaced.items()}
-        found_costs = {c.name: _after(before[c.name], c, replaced, structure) for c in costs}
-        uncalibrated = statistics.shift(traced.model) if not (broken and all_or_nothing) else None
+            calibrated = Calibrated()
+        else:
+            parts = _parts(replaced, moves, methods, surgery)
+            calibrated = calibrating.finish(traced.model, parts, progress)
+    structure = {layer.name: f.stages for layer, f in replaced.items()}
     return Compressed(
         model=traced.model,
         plan=_without(replace(plan, moves=tuple(moves.values())), broken),
@@ -312,43 +325,46 @@ def apply_plan(
         errors={layer.name: f.error for layer, f in replaced.items()},
         put_back=broken,
         verified=traced.inputs is not None,
-        costs=found_costs,
-        uncalibrated=uncalibrated,
+        costs={c.name: _after(before[c.name], c, replaced, structure) for c in costs},
+        uncalibrated=calibrated.uncalibrated,
+        steps=calibrated.steps,
+        notes=calibrated.notes,
     )
 
 
-@dataclass(frozen=True)
-class _Statistics:
-    """What BatchNorm layers were given in the dense model, or why that is not known."""
+def _moments(
+    traced: TracedModel,
+    moves: Mapping[Layer, Move],
+    methods: Mapping[str, Decomposition],
+    batches: Sequence[Any],
+) -> Mapping[str, Moments]:
+    """The moments of the inputs of those layers whose methods look at them."""
+    used = {move.method: methods[move.method] for move in moves.values()}
+    given = [traced.read(batch) for batch in batches] if moments_wanted(used, ()) else []
+    looked_at = [layer for layer, move in moves.items() if MOMENTS in methods[move.method].needs]
+    return layer_moments(traced, used, (), looked_at, given)
 
-    batches: tuple[Inputs, ...] = ()
-    before: Statistics | None = None
-    unknown: str | None = None
 
-    @classmethod
-    def of(cls, traced: TracedModel, how: Calibration, data: Sequence[Any]) -> _Statistics:
-        if how == "none" or not has_statistics(traced.model):
-            return cls()
-        if how == "data":
-            batches = tuple(traced.read(batch) for batch in data)
-            return cls(batches, norm_statistics(traced.model, batches))
-        if traced.inputs is None:
-            return cls(unknown="the shape of the model's input is unknown")
-        image = traced.inputs.image
-        if image is None:
-            return cls(unknown="the model's input is no image that noise could stand for")
-        noise = tuple(Inputs((batch,)) for batch in noise_batches(image))
-        try:
-            return cls(noise, norm_statistics(traced.model, noise))
-        except (UnsupportedError, MemoryError, torch.OutOfMemoryError) as error:
-            # A model may take no other batch than the one it was shown.
-            return cls(unknown=f"on noise, {first_line(error)}")
-
-    def shift(self, compressed: nn.Module) -> str | None:
-        """Fit BatchNorm in place; why it stays as it is where that is not what was asked."""
-        if self.before is not None:
-            shift_statistics(compressed, self.before, self.batches)
-        return self.unknown
+def _parts(
+    replaced: Mapping[Layer, _Factorized],
+    moves: Mapping[Layer, Move],
+    methods: Mapping[str, Decomposition],
+    surgery: Surgery,
+) -> dict[str, Part]:
+    """The replaced layers as a refit wants them."""
+    parts = {}
+    for layer, factorized in replaced.items():
+        assert layer.spec is not None
+        move = moves[layer]
+        parts[layer.name] = Part(
+            spec=layer.spec,
+            weight=partial(surgery.weight, layer),
+            stages=factorized.stages,
+            method=methods[move.method],
+            name=move.method,
+            rank=move.rank,
+        )
+    return parts
 
 
 def _blocks(traced: TracedModel, moves: Mapping[Layer, Move]) -> Iterator[list[Layer]]:

@@ -46,8 +46,10 @@ class Plan:
         budget: The fraction of the model's cost that was asked for; None when written by hand.
         cost: The cost that the budget counts.
         metric: The error that guided the choice.
+        penalty: By what its errors add up over layers.
         planner: The planner that chose.
-        calibration: How BatchNorm is fitted to the compressed layers; ``data`` needs some.
+        calibration: What the compressed layers are fitted to; ``data`` needs some.
+        effort: How hard, where it is data; one of :data:`tdkit.defaults.EFFORTS`.
         settings: Of the methods of the moves, defaults included, where known.
         versions: Of tdkit and of the plugins that they come from, where known.
         candidates: The scored candidates behind the moves, in the same order, where known.
@@ -58,8 +60,10 @@ class Plan:
     budget: float | None = None
     cost: str = defaults.COST
     metric: str | None = None
+    penalty: str | None = None
     planner: str | None = None
     calibration: Calibration = defaults.NO_DATA_CALIBRATION
+    effort: str = defaults.OLD_EFFORT
     settings: Settings = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     candidates: tuple[Candidate, ...] = field(default=(), compare=False)
@@ -104,9 +108,11 @@ class Plan:
             "budget": self.budget,
             "cost": self.cost,
             "metric": self.metric,
+            "penalty": self.penalty,
             "planner": self.planner,
             "seed": self.seed,
             "calibration": self.calibration,
+            "effort": self.effort,
             "settings": {name: dict(values) for name, values in self.settings.items()},
             "versions": dict(self.versions),
             "moves": detailed or plain,
@@ -132,13 +138,17 @@ class Plan:
             raise UsageError(f'{source}: "seed" is not a whole number: {seed!r}')
         if not isinstance(cost, str):
             raise UsageError(f'{source}: "cost" is not the name of a cost: {cost!r}')
-        for key in ("metric", "planner"):
+        for key in ("metric", "penalty", "planner"):
             if not isinstance(value.get(key), str | None):
                 raise UsageError(f'{source}: "{key}" is not a name: {value[key]!r}')
         calibration = value.get("calibration", defaults.NO_DATA_CALIBRATION)
         if calibration not in CALIBRATIONS:
             known = ", ".join(CALIBRATIONS)
             raise UsageError(f'{source}: "calibration" is none of {known}: {calibration!r}')
+        effort = value.get("effort", defaults.OLD_EFFORT)
+        if effort not in defaults.EFFORTS:
+            known = ", ".join(defaults.EFFORTS)
+            raise UsageError(f'{source}: "effort" is none of {known}: {effort!r}')
         if budget is not None and not (type(budget) in (int, float) and 0 < budget <= 1):
             raise UsageError(
                 f'{source}: "budget" is not a fraction above 0 and at most 1: {budget!r}',
@@ -151,8 +161,10 @@ class Plan:
             budget=budget,
             cost=cost,
             metric=value.get("metric"),
+            penalty=value.get("penalty"),
             planner=value.get("planner"),
             calibration=calibration,
+            effort=effort,
             settings=_settings(value.get("settings", {}), source),
             versions=_versions(value.get("versions", {}), source),
         )

@@ -78,6 +78,13 @@ class Surgery:
         if self._can_refill(layer, weight):
             weight.data = weight.data.new_empty(0)
 
+    def weight(self, layer: Layer) -> Tensor:
+        """The weight that a replaced layer had, (out, in/groups, *kernel) as torch has it."""
+        dense = self._replaced[layer].get_parameter("weight")
+        if not self._can_refill(layer, dense):
+            return dense
+        return self._kept(layer, list(self._replaced).index(layer))
+
     def undo(self) -> None:
         """Put every dense layer back: the module that it was, with the parameters that it had."""
         for place, (layer, dense) in enumerate(self._replaced.items()):
@@ -100,11 +107,14 @@ class Surgery:
     def _refill(self, weight: nn.Parameter, layer: Layer, place: int) -> None:
         if not self._can_refill(layer, weight):
             return
-        if self._folder is not None:
-            kept: Tensor = torch.load(self._file(self._folder, place), weights_only=True)
-        else:
-            kept = self._traced.weights.weight(layer.name).detach().clone()
-        weight.data = kept.to(weight.device, weight.dtype)
+        weight.data = self._kept(layer, place).clone().to(weight.device, weight.dtype)
+
+    def _kept(self, layer: Layer, place: int) -> Tensor:
+        """The dense weight of a layer, from wherever it can be had."""
+        if self._folder is None:
+            return self._traced.weights.weight(layer.name).detach()
+        kept: Tensor = torch.load(self._file(self._folder, place), weights_only=True)
+        return kept
 
     def _can_refill(self, layer: Layer, weight: nn.Parameter) -> bool:
         """Whether its data can be had anew, and there are any to do without."""

@@ -55,7 +55,8 @@ def _seeded() -> Iterator[None]:
 
 def compress(model: nn.Module, budget: float = 0.6, **options: Any) -> Compressed:
     grid = Grid(options.pop("methods", METHODS), [RELATIVE], KEEPS, seed=options.pop("seed", 0))
-    goal = Goal(budget, options.pop("cost", PARAMS), calibration=options.pop("how", "none"))
+    how, effort = options.pop("how", "none"), options.pop("effort", "fast")
+    goal = Goal(budget, options.pop("cost", PARAMS), calibration=how, effort=effort)
     looks = {key: options.pop(key) for key in ("patterns", "include_ends") if key in options}
     traced = TracedModel.of(model, options.pop("inputs", None), **looks)
     return compress_model(traced, grid, goal, greedy, **options)
@@ -395,7 +396,7 @@ class TestModels:
             compress(nn.Sequential(nn.BatchNorm1d(3)))
 
     def test_54_a_compressed_model_is_not_compressed_again(self) -> None:
-        first = check(mlp(), [rows()], 0.8)
+        first = check(mlp(), [rows()], 0.8, patterns=["2"])
         second = check(first.model, [rows()], 0.9)
         assert not {move.layer for move in second.plan.moves} & set(first.structure)
         rest = compress(mlp(), 0.6)

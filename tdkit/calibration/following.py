@@ -1,0 +1,130 @@
+"""Which operations of a model follow a layer at once: its BatchNorm, its activation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tdkit.forward.inputs import Inputs
+from tdkit.forward.trial import trial
+
+# Each of what they are given entry by entry, without parameters.
+_ACTIVATIONS = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.CELU, nn.SELU),
+    *(nn.Hardswish, nn.Hardtanh, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.Softplus),
+)
+
+
+@dataclass(frozen=True)
+class Following:
+    """What is done to a layer's output at once, by the names of the modules.
+
+    Attributes:
+        norm: The BatchNorm with running statistics that is given it; None where there is none.
+        activation: The activation that is given that; None where there is none.
+    """
+
+    norm: str | None = None
+    activation: str | None = None
+
+    def functions(self, dense: nn.Module, groups: int) -> list[Callable[[Tensor], Tensor]]:
+        """Norm and activation in eval mode, of rows (n, channels) of each group of the layer.
+
+        None at all without an activation.
+
+        Args:
+            dense: The dense model, whose numbers are copied.
+            groups: Into which the layer's output falls.
+        """
+        if self.activation is None:
+            return []
+        activation = dense.get_submodule(self.activation)
+        apply = partial(_applied, type(activation), _settings(activation))
+        if self.norm is None:
+            return [partial(apply, None, None)] * groups
+        norm = dense.get_submodule(self.norm)
+        assert isinstance(norm, _BatchNorm)
+        parts = zip(*(each.chunk(groups) for each in _affine(norm)), strict=True)
+        return [partial(apply, scale, shift) for scale, shift in parts]
+
+
+def following(model: nn.Module, layers: Sequence[str], inputs: Inputs) -> Mapping[str, Following]:
+    """What follows layers, by their names.
+
+    Args:
+        model: It is afterwards as before.
+        layers: Names of layers.
+        inputs: Arguments of one forward pass, tensors of any shape.
+    """
+    returned: list[tuple[str, Tensor]] = []
+    found: dict[str, Following] = {}
+
+    def remember(name: str, _module: nn.Module, _args: Any, output: Tensor) -> None:
+        returned.append((name, output))
+
+    def layers_of(args: tuple[Any, ...]) -> list[str]:
+        return [layer for layer, output in returned if args and args[0] is output]
+
+    def normed(name: str, _module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        for layer in layers_of(args):
+            found[layer] = Following(norm=name)
+            returned.append((layer, output))
+
+    def activated(name: str, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        for layer in layers_of(args):
+            found[layer] = Following(found.get(layer, Following()).norm, name)
+
+    handles: list[Any] = [
+        model.get_submodule(n).register_forward_hook(partial(remember, n)) for n in layers
+    ]
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is not None:
+            handles.append(module.register_forward_hook(partial(normed, name)))
+        elif type(module) in _ACTIVATIONS:
+            handles.append(module.register_forward_pre_hook(partial(activated, name)))
+    try:
+        with trial(model):
+            inputs.run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {layer: found.get(layer, Following()) for layer in layers}
+
+
+def _affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """A BatchNorm in eval mode as a factor and a summand, (channels,)."""
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert variance is not None
+    scale = (variance + norm.eps).rsqrt()
+    shift = -mean * scale
+    if norm.affine:
+        scale, shift = scale * norm.weight, shift * norm.weight + norm.bias
+    return scale.detach().float().clone(), shift.detach().float().clone()
+
+
+def _settings(activation: nn.Module) -> dict[str, Any]:
+    """What an activation was made with; in place it would spoil what it is given."""
+    known = {name: value for name, value in vars(activation).items() if not name.startswith("_")}
+    return {name: value for name, value in known.items() if name not in ("training", "inplace")}
+
+
+def _applied(
+    kind: type[nn.Module],
+    settings: Mapping[str, Any],
+    scale: Tensor | None,
+    shift: Tensor | None,
+    rows: Tensor,
+) -> Tensor:
+    module = kind()
+    vars(module).update(settings)
+    if scale is not None and shift is not None:
+        rows = torch.addcmul(shift, rows, scale)
+    result: Tensor = module(rows)
+    return result

@@ -1,0 +1,301 @@
+"""Making factors again, layer after layer, for what the compressed layers before deliver."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tdkit.calibration.activations import Rows, fitted_to_activations
+from tdkit.calibration.divergence import divergence, outputs_of
+from tdkit.calibration.following import Following, following
+from tdkit.calibration.pairs import Pairs, Wanted, given_rows, wanted_outputs
+from tdkit.calibration.regression import regressed
+from tdkit.decompositions.base import Decomposition, Prepared, Rank
+from tdkit.decompositions.whitening import Whitened
+from tdkit.forward.inputs import Inputs
+from tdkit.layers.chains import weighted
+from tdkit.layers.evidence import Evidence
+from tdkit.layers.impulses import join_groups, split_groups
+from tdkit.layers.inventory import Layer
+from tdkit.layers.spec import LayerSpec
+from tdkit.layers.stages import Stage
+
+ROWS = 20_000
+"""Positions of each layer that are looked at, over all inputs."""
+
+# All that dense layers returned at those positions, in bytes.
+_WANTED = 2**28
+
+# A covariance in float64 beyond which a layer's factors stay as they are, in bytes.
+_LARGEST = 2**28
+
+# The inputs that are kept of one layer to fit to its activation, in bytes.
+_KEPT = 2**27
+
+
+@dataclass(frozen=True, eq=False)
+class Observed:
+    """What a dense model makes of unlabelled inputs.
+
+    Attributes:
+        batches: Arguments of forward passes, tensors of any shape.
+        held: How many of the last ones are held back, to choose by.
+        wanted: What layers return on the batches, in the order of their first call.
+        outputs: What the model returns on those that are held back, tensors of any shape.
+        following: By layer what is done to its output.
+        activations: By layer that as a function of rows, for each group.
+        seed: Seeds the choice of positions.
+    """
+
+    batches: tuple[Inputs, ...]
+    held: int
+    wanted: Mapping[str, Wanted]
+    outputs: Sequence[Sequence[Tensor]]
+    following: Mapping[str, Following]
+    activations: Mapping[str, Sequence[Callable[[Tensor], Tensor]]]
+    seed: int
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, layers: Sequence[Layer], batches: Sequence[Inputs], seed: int
+    ) -> Observed:
+        """Run a dense model.
+
+        Args:
+            model: It is afterwards as before.
+            layers: Those that are to be replaced.
+            batches: Arguments of forward passes, tensors of any shape; a tenth, at least one, is
+                held back if there are several.
+            seed: Seeds the choice of positions.
+
+        Raises:
+            UnsupportedError: If the model does not run on them.
+        """
+        specs = {layer.name: layer.spec for layer in layers if layer.spec is not None}
+        channels = sum(spec.out_channels for spec in specs.values())
+        rows = max(1, min(ROWS, _WANTED // max(1, 4 * channels)))
+        wanted = wanted_outputs(model, layers, batches, rows, seed)
+        held = max(1, len(batches) // 10) if len(batches) > 1 else 0
+        after = following(model, list(wanted), batches[0])
+        return cls(
+            tuple(batches),
+            held,
+            wanted,
+            outputs_of(model, batches[-held:]),
+            after,
+            {name: each.functions(model, specs[name].groups) for name, each in after.items()},
+            seed,
+        )
+
+    def divergence(self, model: nn.Module) -> float:
+        """How far a compressed model's outputs are from the dense ones on what is held back."""
+        return divergence(self.outputs, outputs_of(model, self.batches[-self.held :]))
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A layer that was replaced.
+
+    Attributes:
+        spec: The dense layer.
+        weight: Gives its weight, in torch's layout.
+        stages: What stands in for it.
+        method: The decomposition.
+        name: The method's name.
+        rank: Its rank.
+    """
+
+    spec: LayerSpec
+    weight: Callable[[], Tensor]
+    stages: tuple[Stage, ...]
+    method: Decomposition
+    name: str
+    rank: Rank
+
+
+@dataclass(frozen=True)
+class Refitted:
+    """What became of the layers.
+
+    Attributes:
+        ridges: By layer the ridge of its target, infinite where it is the dense weight.
+        wide: The layers whose inputs have too many entries to look at together.
+        thin: The layers that were given fewer rows than they are wide.
+    """
+
+    ridges: Mapping[str, float]
+    wide: tuple[str, ...] = ()
+    thin: tuple[str, ...] = ()
+
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know."""
+        told = []
+        if self.wide:
+            told.append(f"too wide to be fitted to data: {', '.join(self.wide)}")
+        if self.thin:
+            told.append(
+                "too few inputs for the width of some layers, whose factors are drawn to the"
+                f" dense weights: {', '.join(self.thin)}"
+            )
+        return tuple(told)
+
+
+def refit(
+    model: nn.Module,
+    parts: Mapping[str, Part],
+    seen: Observed,
+    *,
+    activations: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Refitted:
+    """Fit the factors of every replaced layer, in the order of the forward pass.
+
+    A layer's target is the weight that best makes the dense outputs of what the compressed layers
+    before deliver; its factors are those of that target in the metric of these inputs, and its
+    bias makes the mean right. Where a layer has no bias, the running mean of the BatchNorm that
+    follows takes it.
+
+    Args:
+        model: The compressed model, changed in place; BatchNorm as it is in the dense one.
+        parts: Its replaced layers, by name.
+        seen: What the dense model made of the inputs.
+        activations: Fit also to what the activation that follows a layer makes of its output.
+        progress: Called with the layers done and all layers.
+    """
+    ridges: dict[str, float] = {}
+    wide, thin = [], []
+    todo = [name for name in seen.wanted if name in parts]
+    for done, name in enumerate(todo):
+        progress(done, len(todo))
+        part, width = parts[name], _width(parts[name].spec)
+        if 8 * part.spec.groups * width**2 > _LARGEST:
+            wide.append(name)
+            continue
+        given = _Given.of(model, name, seen, seen.activations[name] if activations else ())
+        if given.pairs.count < width:
+            thin.append(name)
+        ridges[name] = _refit(model, name, part, given, seen)
+    progress(len(todo), len(todo))
+    return Refitted(ridges, tuple(wide), tuple(thin))
+
+
+def _width(spec: LayerSpec) -> int:
+    return spec.in_channels // spec.groups * math.prod(spec.kernel_size)
+
+
+@dataclass(frozen=True, eq=False)
+class _Given:
+    """What a layer is given in the compressed model, beside what it should return.
+
+    Attributes:
+        pairs: Sums over all that is not held back.
+        held: What is, inputs (groups, n, d) and outputs (groups, n, out).
+        rows: Some of the pairs as they are, likewise; None where nobody asked for them.
+        activations: What is done to the output, for each group.
+    """
+
+    pairs: Pairs
+    held: tuple[Tensor, Tensor] | None
+    rows: tuple[Tensor, Tensor] | None
+    activations: Sequence[Callable[[Tensor], Tensor]]
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        name: str,
+        seen: Observed,
+        activations: Sequence[Callable[[Tensor], Tensor]],
+    ) -> _Given:
+        wanted = seen.wanted[name]
+        pairs = Pairs(wanted.spec)
+        kept, rows = list[tuple[Tensor, Tensor]](), list[tuple[Tensor, Tensor]]()
+        most = _KEPT // (4 * wanted.spec.groups * _width(wanted.spec))
+        for number, inputs, outputs in given_rows(model, name, wanted, seen.batches):
+            if number >= len(seen.batches) - seen.held:
+                kept.append((inputs, outputs))
+                continue
+            pairs.add(inputs, outputs)
+            room = most - sum(each.shape[1] for each, _ in rows) if activations else 0
+            if room > 0:
+                rows.append((inputs[:, :room].float(), outputs[:, :room].float()))
+        return cls(pairs, _joined(kept), _joined(rows), activations)
+
+
+def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
+    if not parts:
+        return None
+    inputs, outputs = zip(*parts, strict=True)
+    return torch.cat(inputs, 1), torch.cat(outputs, 1)
+
+
+def _refit(model: nn.Module, name: str, part: Part, given: _Given, seen: Observed) -> float:
+    spec, pairs = part.spec, given.pairs
+    dense = split_groups(part.weight().detach().double(), spec)
+    target = regressed(dense.flatten(2), pairs, given.held)
+    evidence = Evidence(zlib.crc32(f"{seen.seed}/{name}/{part.name}".encode()))
+    weight = join_groups(target.weight.reshape(dense.shape), spec)
+    fitted = Whitened(part.method, spec, weight, target.metric, evidence).refined(part.rank)
+    made = split_groups(fitted.reconstruct(part.rank), spec).flatten(2)
+    bias = pairs.output_mean - (made @ pairs.input_mean[..., None])[..., 0]
+    factors = fitted.factors(part.rank)
+    norm = seen.following[name].norm
+    if given.rows is not None and given.held is not None and (norm is not None or spec.bias):
+        factors, bias = _to_activations(part, fitted, bias, given, evidence.seed)
+    _write(model, name, part, factors, bias.flatten(), norm)
+    return target.ridge
+
+
+def _to_activations(
+    part: Part, fitted: Prepared, bias: Tensor, given: _Given, seed: int
+) -> tuple[list[Tensor], Tensor]:
+    assert given.rows is not None
+    assert given.held is not None
+    generator = torch.Generator().manual_seed(seed)
+    group, groups = part.spec.per_group(), part.spec.groups
+    stages = part.method.stages(group, part.rank)
+    own = len([stage for stage in stages if stage.weight_shape is not None])
+    factors = fitted.factors(part.rank)
+    starts = zip(*(factor.chunk(groups) for factor in factors[:own]), strict=True)
+    found = [
+        fitted_to_activations(
+            stages,
+            start,
+            bias[g],
+            Rows(*(each[g] for each in given.rows)),
+            Rows(*(each[g].float() for each in given.held)),
+            given.activations[g],
+            group,
+            generator,
+        )
+        for g, start in enumerate(starts)
+    ]
+    joined = [torch.cat(column) for column in zip(*(each for each, _ in found), strict=True)]
+    return [*joined, *factors[own:]], torch.stack([summand for _, summand in found])
+
+
+def _write(
+    model: nn.Module,
+    name: str,
+    part: Part,
+    factors: Sequence[Tensor],
+    bias: Tensor,
+    norm: str | None,
+) -> None:
+    module = model.get_submodule(name)
+    assert isinstance(module, nn.Sequential)
+    with torch.no_grad():
+        for own, (stage, factor) in zip(module, weighted(part.stages, factors), strict=True):
+            if factor is not None:
+                own.get_parameter("weight").copy_(factor)
+            if stage.bias:
+                own.get_parameter("bias").copy_(bias)
+        if norm is not None and not part.spec.bias:
+            # BatchNorm takes its mean away: what is missing is taken away less.
+            mean = model.get_submodule(norm).get_buffer("running_mean")
+            mean.sub_(bias.to(mean))

@@ -1,0 +1,243 @@
+"""Any decomposition in the metric of a layer's inputs: whiten, decompose, fold back, refine.
+
+The mean squared error of a layer's output is tr[(W - W~) S (W - W~)ᵀ], S being the covariance of
+what it is given. With S = L Lᵀ that is the plain error of W L: a method decomposes W L, and its
+first stage, which mixes the input channels, takes L⁻¹ in. For matrices that is Wang et al. 2024
+(SVD-LLM), for convolutions by SVD Zhang et al. 2016. Where the first stage sees the channels alone,
+S is averaged over the places of the kernel, and what that misses is left to the refinement.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from tdkit.decompositions.base import Decomposition, Prepared, Rank, prepared
+from tdkit.decompositions.fitting import fitted_factors, metric_norm
+from tdkit.layers.evidence import NO_EVIDENCE, Evidence
+from tdkit.layers.impulses import join_groups, split_groups
+from tdkit.layers.spec import LayerSpec
+from tdkit.layers.stages import Stage
+
+# Of the mean variance, added to all where the covariance alone has no Cholesky factor.
+_RIDGES = (0.0, 1e-9, 1e-6, 1e-3)
+
+
+class Whitened(Prepared):
+    """One layer's weight under one method, in the metric of its inputs.
+
+    Of a method whose first stage does not mix all input channels the factors are those that it
+    finds without data, until :meth:`refined` fits them.
+
+    Args:
+        method: The decomposition.
+        layer: The whole layer.
+        weight: Its weight in torch's layout, (out, in/groups, *kernel) but for transposed layers.
+        covariance: Of its inputs, of each group: (groups, d, d), d being the input channels of a
+            group, or those times the places of the kernel, as
+            :func:`tdkit.layers.patches.input_rows` has them; float64.
+        evidence: The seed of the method.
+
+    Raises:
+        UnsupportedError: As :class:`Prepared`.
+    """
+
+    def __init__(
+        self,
+        method: Decomposition,
+        layer: LayerSpec,
+        weight: Tensor,
+        covariance: Tensor,
+        evidence: Evidence = NO_EVIDENCE,
+    ) -> None:
+        super().__init__(method, layer, weight, evidence)
+        self.covariance = covariance
+        self._whitening = _Whitening.of(method, self.group, covariance)
+        whitened = join_groups(self._whitening.forward(self.weight), layer)
+        self._inner = prepared(method, layer, whitened, evidence)
+        self._is_fitted = False
+
+    @property
+    def norm(self) -> float:
+        """The norm of what the layer makes of its inputs, less its mean."""
+        if self._is_fitted:
+            return self.scale * metric_norm(self.weight, self.covariance)
+        return self.scale * self._inner.norm
+
+    def best_rank(self, parameters: int) -> Rank:
+        """The rank of least error in this metric, see :meth:`Prepared.best_rank`."""
+        return self._inner.best_rank(parameters)
+
+    def unit_error(self, rank: Rank) -> float:
+        """The norm of what the factors miss of the output, for the scaled weight."""
+        if self._is_fitted:
+            missed = self.weight - self._unit_reconstruction(rank)
+            return metric_norm(missed, self.covariance)
+        return self._inner.error(rank)
+
+    def group_factors(self, rank: Rank) -> list[Sequence[Tensor]]:
+        """Those of the whitened weight, (out, in, *kernel) each, with the inverse in the first."""
+        return self._folded(rank, self._inner.group_factors(rank))
+
+    def refined(self, rank: Rank, steps: int = 40) -> Whitened:
+        """All factors fitted to the exact metric together; it was averaged over the kernel before.
+
+        Args:
+            rank: A rank that fits the layer.
+            steps: Of L-BFGS, at most.
+        """
+        stages = self.method.stages(self.group, rank)
+        target = self._whitening.forward(self.weight) / self._inner.scale
+        metric = self._whitening.metric(self.covariance)
+        starts = self._inner.group_factors(rank)
+        found = [
+            fitted_factors(stages, start, target[g], metric[g], self.group, steps)
+            for g, start in enumerate(starts)
+        ]
+        result = copy.copy(self)
+        result._is_fitted = True
+        result._latest = (rank, self._folded(rank, found))
+        return result
+
+    def _folded(self, rank: Rank, groups: Sequence[Sequence[Tensor]]) -> list[Sequence[Tensor]]:
+        first = self.method.stages(self.group, rank)[0]
+        return [
+            self._whitening.back(group, first, factors, self._inner.scale)
+            for group, factors in enumerate(groups)
+        ]
+
+
+def whitened_axes(method: Decomposition, group: LayerSpec) -> tuple[int, ...] | None:
+    """The axes of the kernel that a method's first stage sees beside all input channels.
+
+    None where it does not mix all channels, and nothing can be folded into it.
+
+    Args:
+        method: The decomposition.
+        group: One group of a layer.
+    """
+    first = method.stages(group, method.max_rank(group))[0]
+    if not isinstance(first, LayerSpec) or first.groups > 1:
+        return None
+    pairs = list(zip(first.kernel_size, group.kernel_size, strict=True))
+    if first.in_channels != group.in_channels or any(k not in (1, whole) for k, whole in pairs):
+        return None
+    return tuple(axis for axis, (k, _) in enumerate(pairs) if k > 1)
+
+
+@dataclass(frozen=True)
+class _Whitening:
+    """How weights are whitened: over the input channels and some axes of the kernel.
+
+    Attributes:
+        lower: (groups, n, n), the Cholesky factor; None where nothing is whitened.
+        axes: The axes of the kernel, counted from 0.
+        channels: Input channels of a group.
+        kernel: The sizes of all axes of the kernel.
+    """
+
+    lower: Tensor | None
+    axes: tuple[int, ...]
+    channels: int
+    kernel: tuple[int, ...]
+
+    @classmethod
+    def of(cls, method: Decomposition, group: LayerSpec, covariance: Tensor) -> _Whitening:
+        axes = whitened_axes(method, group)
+        channels, kernel = group.in_channels, group.kernel_size
+        if axes is None:
+            return cls(None, (), channels, kernel)
+        if covariance.shape[-1] == channels:
+            axes, over = (), covariance
+        else:
+            over = _averaged(covariance, channels, kernel, axes)
+        return cls(_lower(over), axes, channels, kernel)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """A weight (groups, out, in, *kernel) times the factor."""
+        if self.lower is None:
+            return weight
+        pairs = zip(weight, self.lower, strict=True)
+        changes = ((part, partial(torch.matmul, other=lower)) for part, lower in pairs)
+        return torch.stack([self._along(part, change) for part, change in changes])
+
+    def metric(self, covariance: Tensor) -> Tensor:
+        """The covariance (groups, d, d) as it is for whitened weights."""
+        if self.lower is None:
+            return covariance
+        return torch.stack(
+            [
+                self._undone(self._undone(part, lower).mT, lower)
+                for part, lower in zip(covariance, self.lower, strict=True)
+            ]
+        )
+
+    def back(
+        self, group: int, stage: Stage, factors: Sequence[Tensor], scale: float
+    ) -> Sequence[Tensor]:
+        """Factors of a whitened and scaled weight as those of the weight itself.
+
+        Args:
+            group: The number of the group.
+            stage: The first stage.
+            factors: In torch's layout.
+            scale: What the weight was divided by.
+        """
+        first, *others = factors
+        if self.lower is None:
+            return (first * scale, *others)
+        assert isinstance(stage, LayerSpec)
+        solve = torch.linalg.solve_triangular
+        undo = partial(solve, self.lower[group], upper=False, left=False)
+        unfolded = self._along(split_groups(first, stage)[0], undo)
+        return (join_groups(unfolded[None], stage) * scale, *others)
+
+    def _undone(self, rows: Tensor, lower: Tensor) -> Tensor:
+        """Rows (n, d) times the inverse of the factor's transpose."""
+        kernel = self.kernel if rows.shape[-1] > self.channels else (1,) * len(self.kernel)
+        solve = torch.linalg.solve_triangular
+        undo = partial(solve, lower.mT, upper=True, left=False)
+        return self._along(rows.reshape(-1, self.channels, *kernel), undo).reshape(rows.shape)
+
+    def _along(self, value: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        """Change a value (rows, in, *kernel), as rows over the channels and the whitened axes."""
+        others = [2 + a for a in range(len(self.kernel)) if a not in self.axes]
+        order = [0, *others, 1, *(2 + a for a in self.axes)]
+        moved = value.permute(order)
+        size = math.prod(moved.shape[1 + len(others) :])
+        changed = change(moved.reshape(-1, size)).reshape(moved.shape)
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return changed.permute(back)
+
+
+def _lower(covariance: Tensor) -> Tensor:
+    """The Cholesky factor, (groups, n, n)."""
+    size = covariance.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=torch.finfo(torch.float64).tiny)
+    unit = size[:, None, None] * torch.eye(covariance.shape[-1]).to(covariance)
+    for ridge in _RIDGES:
+        lower: Tensor
+        lower, failed = torch.linalg.cholesky_ex(covariance + ridge * unit)
+        if not bool(failed.any()):
+            return lower
+    return unit.sqrt()
+
+
+def _averaged(
+    covariance: Tensor, channels: int, kernel: Sequence[int], axes: Sequence[int]
+) -> Tensor:
+    """The covariance (groups, n, n) over channels and some axes, averaged over the others."""
+    wide = covariance.reshape(-1, channels, *kernel, channels, *kernel)
+    half = 1 + len(kernel)
+    for axis in reversed(range(len(kernel))):
+        if axis not in axes:
+            row, column = 2 + axis, 2 + axis + half
+            wide = wide.diagonal(dim1=row, dim2=column).mean(-1)
+            half -= 1
+    size = math.isqrt(wide[0].numel())
+    return wide.reshape(-1, size, size)

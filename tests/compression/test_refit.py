@@ -1,0 +1,190 @@
+"""Factors that are fitted to what the compressed layers before them deliver."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tdkit
+from tdkit.calibration.divergence import divergence, outputs_of
+from tdkit.calibration.following import Following, following
+from tdkit.compression import calibrating
+from tdkit.compression.refit import Refitted
+from tdkit.errors import UsageError
+from tdkit.forward.inputs import Inputs
+
+
+class Residual(nn.Module):
+    """Two branches that meet, one layer that is called twice, and a matrix over tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.a = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+        self.norm_a, self.act = nn.BatchNorm2d(16), nn.ReLU(inplace=True)
+        self.b = nn.Conv2d(16, 16, 3, padding=1)
+        self.twice = nn.Conv2d(16, 16, 3, padding=1)
+        self.tokens, self.head = nn.Linear(16, 24), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores."""
+        x = self.act(self.norm(self.first(x)))
+        x = self.act(x + self.b(self.act(self.norm_a(self.a(x)))))
+        x = self.twice(torch.tanh(self.twice(x)))
+        tokens = self.tokens(x.flatten(2).mT).relu()
+        result: Tensor = self.head(tokens.mean(1))
+        return result
+
+
+def model() -> Residual:
+    """With statistics that were learned, so that BatchNorm does something."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = Residual().train()
+        for _ in range(20):
+            made(images(32, torch.randint(1000, ()).item()))
+    return made.eval()
+
+
+def images(count: int, seed: int = 0) -> Tensor:
+    """Smooth noise: neighbouring pixels are alike, as in pictures."""
+    generator = torch.Generator().manual_seed(int(seed))
+    small = torch.randn(count, 3, 4, 4, generator=generator)
+    return nn.functional.interpolate(small, size=12, mode="bilinear") + 0.5
+
+
+def compressed(dense: nn.Module, effort: str, **more: Any) -> tdkit.Compression:
+    options = {"data": list(images(160).split(16)), "measure": False} | more
+    return tdkit.compress(dense, 0.4, effort=effort, **options)
+
+
+def apart(dense: nn.Module, small: nn.Module) -> float:
+    batch = [Inputs((images(200, seed=9),))]
+    return divergence(outputs_of(dense, batch), outputs_of(small, batch))
+
+
+@pytest.mark.parametrize("methods", [None, "svd", "tucker", "tt", "cp", "kronecker", "spatial-svd"])
+def test_every_method_gains_on_inputs_that_nothing_was_fitted_to(methods: str | None) -> None:
+    dense = model()
+    names = methods if methods in (None, "svd") else [methods, "svd"]
+    fast, default, best = (compressed(dense, e, methods=names) for e in ("fast", "default", "best"))
+    assert fast.plan.moves == default.plan.moves == best.plan.moves
+    assert {move.layer for move in default.plan.moves} >= {"a", "twice"}
+    assert apart(dense, default.model) < 0.6 * apart(dense, fast.model)
+    assert apart(dense, best.model) < 0.6 * apart(dense, fast.model)
+    assert [step.name for step in default.steps] == ["BatchNorm", "refit"]
+    assert default.steps[1].divergence < default.steps[0].divergence
+    assert fast.steps == ()
+
+
+def test_the_dense_model_and_the_structure_stay_as_they_are() -> None:
+    dense = model()
+    before = copy.deepcopy(dense.state_dict())
+    fast, default = compressed(dense, "fast"), compressed(dense, "default")
+    assert all(torch.equal(value, before[key]) for key, value in dense.state_dict().items())
+    shapes = [{k: v.shape for k, v in each.model.state_dict().items()} for each in (fast, default)]
+    assert shapes[0] == shapes[1]
+    untouched = [k for k in before if k in default.model.state_dict() and "running_mean" not in k]
+    assert untouched
+    assert all(torch.equal(default.model.state_dict()[key], before[key]) for key in untouched)
+
+
+def test_the_same_twice_in_place_and_by_its_plan() -> None:
+    dense = model()
+    once = compressed(dense, "best")
+    given = copy.deepcopy(dense)
+    inplace = compressed(given, "best", inplace=True)
+    assert inplace.model is given
+    options: dict[str, Any] = {"data": list(images(160).split(16)), "measure": False}
+    applied = tdkit.apply(once.plan, dense, **options)
+    for other in (compressed(dense, "best"), inplace, applied):
+        for key, value in once.model.state_dict().items():
+            assert torch.equal(value, other.model.state_dict()[key]), key
+    assert applied.plan.effort == "best"
+
+
+def test_what_makes_it_worse_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoil(small: nn.Module, parts: Any, seen: Any, **_: Any) -> Refitted:
+        with torch.no_grad():
+            for name in parts:
+                for parameter in small.get_submodule(name).parameters():
+                    parameter.zero_()
+        return Refitted({})
+
+    dense = model()
+    monkeypatch.setattr(calibrating, "refit", spoil)
+    done = compressed(dense, "default")
+    fast = compressed(dense, "fast")
+    for key, value in fast.model.state_dict().items():
+        assert torch.equal(value, done.model.state_dict()[key])
+    assert [step.name for step in done.steps] == ["BatchNorm"]
+    assert any("taken back" in note for note in done.notes)
+
+
+def test_one_batch_is_cut_so_that_some_of_it_can_be_held_back() -> None:
+    dense = model()
+    together = compressed(dense, "default", data=images(160))
+    assert [step.name for step in together.steps] == ["BatchNorm", "refit"]
+    assert apart(dense, together.model) < apart(dense, compressed(dense, "fast").model)
+
+
+def test_too_few_inputs_are_told_and_spoil_nothing() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        dense = nn.Sequential(
+            nn.Linear(40, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5)
+        )
+    few = torch.randn(20, 40, generator=torch.Generator().manual_seed(0))
+    done = tdkit.compress(dense, 0.6, data=[few[:10], few[10:]], measure=False)
+    assert any("too few inputs for the width of some layers" in note for note in done.notes)
+    fast = tdkit.compress(dense, 0.6, data=[few[:10], few[10:]], effort="fast", measure=False)
+    many = [Inputs((torch.randn(500, 40, generator=torch.Generator().manual_seed(1)),))]
+    want = outputs_of(dense, many)
+    assert divergence(want, outputs_of(done.model, many)) <= 1.1 * divergence(
+        want, outputs_of(fast.model, many)
+    )
+
+
+def test_without_data_and_on_request_nothing_is_fitted() -> None:
+    dense = model()
+    assert tdkit.compress(dense, 0.4, input_shape=(3, 12, 12), measure=False).steps == ()
+    for how in ("noise", "none"):
+        assert compressed(dense, "default", calibration=how).steps == ()
+    with pytest.raises(UsageError, match="unknown effort 'hard'") as caught:
+        compressed(dense, "hard")
+    assert caught.value.hint == "it is one of fast, default, best"
+
+
+def test_what_follows_a_layer() -> None:
+    dense = model()
+    names = ["first", "a", "b", "twice"]
+    assert following(dense, names, Inputs((images(1),))) == {
+        "first": Following("norm", "act"),
+        "a": Following("norm_a", "act"),
+        "b": Following(),
+        "twice": Following(),
+    }
+    (act,) = following(dense, ["a"], Inputs((images(1),)))["a"].functions(dense, 1)
+    rows = torch.randn(7, 16)
+    torch.testing.assert_close(act(rows), dense.norm_a(rows[:, :, None, None]).relu()[..., 0, 0])
+    halves = following(dense, ["a"], Inputs((images(1),)))["a"].functions(dense, 2)
+    torch.testing.assert_close(
+        torch.cat([f(part) for f, part in zip(halves, rows.chunk(2, 1), strict=True)], 1), act(rows)
+    )
+    assert Following("norm").functions(dense, 1) == []
+
+
+def test_divergence_is_in_nats_for_scores_and_relative_for_the_rest() -> None:
+    a, b = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[0.0, 0.0], [0.0, 0.0]])
+    p = a.double().softmax(1)
+    by_hand = float((p * (p.log() - torch.tensor(0.5).double().log())).sum()) / 2
+    assert divergence([[a]], [[b]]) == pytest.approx(by_hand)
+    assert divergence([[a]], [[a]]) == 0
+    tokens = torch.randn(3, 4, 5)
+    assert divergence([[tokens]], [[tokens]]) == 0
+    mean = torch.full_like(tokens, float(tokens.mean()))
+    assert divergence([[tokens]], [[mean]]) == pytest.approx(1, rel=1e-5)
