@@ -205,7 +205,8 @@ def compress(
         result = compress_model(
             traced,
             grid,
-            replace(goal, calibration=how),
+            # A plan says how hard to fit to data; it takes no fit to make one.
+            replace(goal, calibration=how, effort="fast" if dry_run else effort),
             chooser.create(),
             batches=batches,
             calibration=images,
@@ -213,6 +214,7 @@ def compress(
             refitting=lambda done, total: update(REFITTING, done, total),
         )
         update(REPLACING, 1, 1)
+        result = replace(result, plan=replace(result.plan, effort=effort))
         return finish(subject, traced, result, ready, before, start, update, say, note)
 
 

@@ -25,10 +25,6 @@ Model = nn.Module | str | Path
 """A module, a model file, or the name of a registered model."""
 
 
-# Images that are looked at together, at most; no more than a tenth, which can be held back.
-_BATCH = 64
-
-
 @dataclass(frozen=True)
 class Given:
     """What a caller says of a model and its data; see :func:`tdkit.compress`."""
@@ -148,8 +144,8 @@ class Subject:
             check_fit(self.model, test, len(self.dataset.classes), device_of(self.model))
 
     def _images(self, split: Split, samples: int) -> list[Tensor]:
-        like, size = first_float(self.model), max(1, min(_BATCH, -(-samples // 10)))
-        return [images.to(like) for images, _ in split.batches(size, limit=samples)]
+        like = first_float(self.model)
+        return [images.to(like) for images, _ in split.batches(64, limit=samples)]
 
 
 def settled(how: str, otherwise: Calibration) -> Calibration:

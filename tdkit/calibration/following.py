@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -62,31 +63,48 @@ def following(model: nn.Module, layers: Sequence[str], inputs: Inputs) -> Mappin
         layers: Names of layers.
         inputs: Arguments of one forward pass, tensors of any shape.
     """
-    returned: list[tuple[str, Tensor]] = []
-    found: dict[str, Following] = {}
+    at_hand: list[tuple[str, Tensor, int]] = []
+    calls: Counter[str] = Counter()
+    met: Counter[tuple[str, str]] = Counter()
 
-    def remember(name: str, _module: nn.Module, _args: Any, output: Tensor) -> None:
-        returned.append((name, output))
+    def hand_on(name: str, output: Any) -> None:
+        if isinstance(output, Tensor):
+            at_hand.append((name, output, output._version))
 
-    def layers_of(args: tuple[Any, ...]) -> list[str]:
-        return [layer for layer, output in returned if args and args[0] is output]
+    def returned(name: str, _module: nn.Module, _args: Any, output: Any) -> None:
+        calls[name] += 1
+        hand_on(name, output)
 
-    def normed(name: str, _module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        for layer in layers_of(args):
-            found[layer] = Following(norm=name)
-            returned.append((layer, output))
+    def giving(args: tuple[Any, ...]) -> list[str]:
+        """Whose output it is; not if it was changed in place since."""
+        return [
+            layer
+            for layer, output, version in at_hand
+            if args and args[0] is output and output._version == version
+        ]
+
+    def normed(name: str, _module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        calls[name] += 1
+        for layer in giving(args):
+            # Of (batch, tokens, features) BatchNorm1d takes the tokens for channels.
+            if args[0].ndim == 2 or not isinstance(model.get_submodule(layer), nn.Linear):
+                met[layer, name] += 1
+                hand_on(layer, output)
 
     def activated(name: str, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        for layer in layers_of(args):
-            found[layer] = Following(found.get(layer, Following()).norm, name)
+        for layer in giving(args):
+            met[layer, name] += 1
 
     handles: list[Any] = [
-        model.get_submodule(n).register_forward_hook(partial(remember, n)) for n in layers
+        model.get_submodule(n).register_forward_hook(partial(returned, n)) for n in layers
     ]
+    norms, activations = [], []
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.running_mean is not None:
+            norms.append(name)
             handles.append(module.register_forward_hook(partial(normed, name)))
         elif type(module) in _ACTIVATIONS:
+            activations.append(name)
             handles.append(module.register_forward_pre_hook(partial(activated, name)))
     try:
         with trial(model):
@@ -94,7 +112,27 @@ def following(model: nn.Module, layers: Sequence[str], inputs: Inputs) -> Mappin
     finally:
         for handle in handles:
             handle.remove()
-    return {layer: found.get(layer, Following()) for layer in layers}
+
+    def always(layer: str, name: str) -> bool:
+        return 0 < met[layer, name] == calls[layer]
+
+    found = {}
+    for layer in layers:
+        # A norm that others share, or that is of another axis, is not the layer's own.
+        own = [n for n in norms if always(layer, n) and calls[n] == calls[layer]]
+        norm = next((n for n in own if _fits(model, layer, n)), None)
+        after = next((n for n in activations if always(layer, n)), None)
+        known = norm is not None or not any(met[layer, n] for n in norms)
+        found[layer] = Following(norm, after if known else None)
+    return found
+
+
+def _fits(model: nn.Module, layer: str, norm: str) -> bool:
+    module, other = model.get_submodule(layer), model.get_submodule(norm)
+    axes = len(getattr(module, "kernel_size", ()))
+    kinds = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+    channels = getattr(module, "out_channels", None) or getattr(module, "out_features", None)
+    return isinstance(other, kinds[axes] | nn.SyncBatchNorm) and other.num_features == channels
 
 
 def _affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,36 +20,53 @@ from tdkit.layers.inventory import Layer
 from tdkit.layers.patches import input_rows, output_rows, positions
 from tdkit.layers.spec import LayerSpec
 
-_Call = tuple[Tensor, Tensor]
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What a dense layer returned in one call.
+
+    Attributes:
+        count: Output positions of the whole call.
+        places: (n,) of them.
+        rows: (groups, n, out / groups), the output there.
+    """
+
+    count: int
+    places: Tensor
+    rows: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Wanted:
-    """What a dense layer returned at some positions, by batch and call.
+    """What a dense layer returned, by batch and call.
 
     Attributes:
         spec: The layer.
-        calls: For each batch and each call in it the positions (n,) and the rows
-            (groups, n, out / groups).
+        calls: For each batch each call in it.
     """
 
     spec: LayerSpec
-    calls: tuple[tuple[_Call, ...], ...]
+    calls: tuple[tuple[Call, ...], ...]
 
 
 class Pairs:
     """Sums over pairs of input and output rows of one layer, in float64.
 
-    Products are in the precision of the rows, at least float32.
+    Products are in the precision of the rows, at least float32, of what they are beyond the mean of
+    the first.
 
     Args:
         spec: The layer.
+        centred: Whether something adds a bias to the output. Else means stay in the moments.
+        second: Whether second moments are of use.
     """
 
-    def __init__(self, spec: LayerSpec) -> None:
+    def __init__(self, spec: LayerSpec, *, centred: bool = True, second: bool = True) -> None:
         self.spec = spec
         self.count = 0
-        self._sums: tuple[Tensor, ...] | None = None
+        self._centred, self._second = centred, second
+        self._origin: tuple[Tensor, Tensor] | None = None
+        self._sums: list[Tensor] = []
 
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
         """Add pairs.
@@ -58,39 +76,52 @@ class Pairs:
             outputs: (groups, n, out / groups).
         """
         x, y = _at_least_float(inputs), _at_least_float(outputs)
+        if not x.shape[1]:
+            return
+        if self._origin is None:
+            self._origin = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
+        x, y = x - self._origin[0], y - self._origin[1]
         self.count += x.shape[1]
-        found = [x.sum(1), y.sum(1), x.mT @ x, y.mT @ x]
-        if self._sums is None:
-            self._sums = tuple(each.double() for each in found)
-        else:
-            for total, each in zip(self._sums, found, strict=True):
-                total += each
+        found = [x.sum(1), y.sum(1)]
+        if self._second:
+            found += [x.mT @ x, y.mT @ x]
+        wide = [each.double() for each in found]
+        self._sums = [a + b for a, b in zip(self._sums, wide, strict=True)] if self._sums else wide
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no sum is NaN or infinite."""
+        return all(bool(each.isfinite().all()) for each in self._sums)
 
     @cached_property
     def input_mean(self) -> Tensor:
-        """(groups, d)."""
-        return self._known[0] / self.count
+        """(groups, d); zeros where nothing adds a bias."""
+        return self._mean(0) if self._centred else torch.zeros_like(self._mean(0))
 
     @cached_property
     def output_mean(self) -> Tensor:
-        """(groups, out), out being the channels of a group."""
-        return self._known[1] / self.count
+        """(groups, out), out being the channels of a group; zeros likewise."""
+        return self._mean(1) if self._centred else torch.zeros_like(self._mean(1))
 
     @cached_property
     def covariance(self) -> Tensor:
         """Of the inputs, (groups, d, d)."""
-        mean = self.input_mean
-        return self._known[2] / self.count - mean[:, :, None] * mean[:, None]
+        return self._moment(2, 0, 0)
 
     @cached_property
     def cross(self) -> Tensor:
         """Of outputs with inputs, (groups, out, d)."""
-        return self._known[3] / self.count - self.output_mean[:, :, None] * self.input_mean[:, None]
+        return self._moment(3, 1, 0)
 
-    @property
-    def _known(self) -> tuple[Tensor, ...]:
-        assert self._sums is not None, "no pair was added"
-        return self._sums
+    def _mean(self, place: int) -> Tensor:
+        assert self._origin is not None, "no pair was added"
+        mean: Tensor = self._origin[place][:, 0].double() + self._sums[place] / self.count
+        return mean
+
+    def _moment(self, place: int, rows: int, columns: int) -> Tensor:
+        beyond = self._sums[rows] / self.count, self._sums[columns] / self.count
+        result: Tensor = self._sums[place] / self.count - _outer(*beyond)
+        return result if self._centred else result + _outer(self._mean(rows), self._mean(columns))
 
 
 def wanted_outputs(
@@ -114,15 +145,16 @@ def wanted_outputs(
     """
     share = {x.name: -(-rows // max(1, len(batches) * len(x.calls or (0,)))) for x in layers}
     specs = {layer.name: layer.spec for layer in layers}
-    now: dict[str, list[_Call]] = {}
-    found: list[dict[str, list[_Call]]] = []
+    now: dict[str, list[Call]] = {}
+    found: list[dict[str, list[Call]]] = []
 
     def look(name: str, _module: nn.Module, _args: Any, output: Tensor) -> None:
         spec, calls = specs[name], now.setdefault(name, [])
         assert spec is not None
         key = f"{seed}/{name}/{len(found)}/{len(calls)}"
-        places = _drawn(positions(spec, output), share[name], key).to(output.device)
-        calls.append((places, output_rows(spec, output.detach(), places).clone()))
+        count = positions(spec, output)
+        places = _drawn(count, share[name], key).to(output.device)
+        calls.append(Call(count, places, output_rows(spec, output.detach(), places).clone()))
 
     handles = [
         model.get_submodule(layer.name).register_forward_hook(partial(look, layer.name))
@@ -157,13 +189,19 @@ def given_rows(
     Raises:
         UnsupportedError: If the model does not run on the batches.
     """
-    rows: list[Tensor] = []
+    rows: list[Tensor | None] = []
+    spec = wanted.spec
 
     def look(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        value = args[0] if args else next(iter(kwargs.values()))
-        places = wanted.calls[number][len(rows)][0]
-        rows.append(input_rows(wanted.spec, value.detach(), places))
-        if len(rows) == len(wanted.calls[number]):
+        value, calls = args[0] if args else next(iter(kwargs.values())), wanted.calls[number]
+        if len(rows) < len(calls):
+            call = calls[len(rows)]
+            # A model may hand on another number of tokens or boxes than the dense one did.
+            same = (
+                math.prod(spec.output_shape(tuple(value.shape))) == call.count * spec.out_channels
+            )
+            rows.append(input_rows(spec, value.detach(), call.places) if same else None)
+        if len(rows) >= len(calls):
             raise _Enough
 
     handle = model.get_submodule(name).register_forward_pre_hook(look, with_kwargs=True)
@@ -172,8 +210,9 @@ def given_rows(
             rows.clear()
             if wanted.calls[number]:
                 _run(model, batch)
-            for inputs, (_, outputs) in zip(rows, wanted.calls[number], strict=True):
-                yield number, inputs, outputs
+            for inputs, call in zip(rows, wanted.calls[number], strict=False):
+                if inputs is not None:
+                    yield number, inputs, call.rows
 
 
 class _Enough(BaseException):
@@ -207,7 +246,14 @@ def _drawn(count: int, most: int, key: str) -> Tensor:
     generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
     if count <= most:
         return torch.arange(count)
+    if count > 8 * most:  # hardly any twice
+        some: Tensor = torch.randint(count, (most,), generator=generator).unique()
+        return some
     return torch.randperm(count, generator=generator)[:most].sort().values
+
+
+def _outer(rows: Tensor, columns: Tensor) -> Tensor:
+    return rows[:, :, None] * columns[:, None]
 
 
 def _at_least_float(rows: Tensor) -> Tensor:

@@ -84,8 +84,8 @@ Calibration = Annotated[
     str,
     typer.Option(
         metavar="HOW",
-        help="What to fit BatchNorm to the compressed layers on: data (training images of --data,"
-        " no labels), noise (no data), none; auto is data where there are training images.",
+        help="What to fit the compressed layers to: data (training images of --data, no labels),"
+        " noise (BatchNorm only), none; auto is data where there are training images.",
     ),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Batch of the latency runs.")]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from tdkit.calibration.batchnorm import (
     Statistics,
@@ -17,12 +19,15 @@ from tdkit.calibration.batchnorm import (
 )
 from tdkit.calibration.noise import noise_batches
 from tdkit.compression.plan import Plan
-from tdkit.compression.refit import Observed, Part, refit
+from tdkit.compression.refit import Observed, Part, Refitted, refit
 from tdkit.errors import UnsupportedError, first_line
 from tdkit.forward.inputs import Inputs
 from tdkit.layers.inventory import Layer
 from tdkit.layers.traced import TracedModel
 from tdkit.layers.weights import is_finite
+
+# Inputs in one forward pass, at most.
+_TOGETHER = 64
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,8 @@ class Step:
 
     Attributes:
         name: What was done.
-        divergence: How far the model's outputs are then from the dense ones, on inputs that
-            nothing was fitted to; see :func:`tdkit.calibration.divergence.divergence`.
+        divergence: How far the model's outputs are then from the dense ones, on inputs that no
+            factor was fitted to; see :func:`tdkit.calibration.divergence.divergence`.
     """
 
     name: str
@@ -47,11 +52,13 @@ class Calibrated:
         steps: In order; the last one made the model. None where it saw no inputs.
         uncalibrated: Why BatchNorm stays as it is, where the plan asks for more.
         notes: What the user should know.
+        errors: Of the layers that were fitted, see :class:`tdkit.compression.refit.Refitted`.
     """
 
     steps: tuple[Step, ...] = ()
     uncalibrated: str | None = None
     notes: tuple[str, ...] = ()
+    errors: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,11 +69,13 @@ class Calibrating:
         statistics: Of BatchNorm.
         seen: What its layers and itself returned; None where factors stay as they are.
         effort: The plan's.
+        notes: Why factors stay as they are although the plan asks for more.
     """
 
     statistics: _Statistics
     seen: Observed | None
     effort: str
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -87,8 +96,16 @@ class Calibrating:
         statistics = _Statistics.of(traced, plan.calibration, data)
         if plan.calibration != "data" or plan.effort == "fast" or not layers:
             return cls(statistics, None, plan.effort)
-        batches = _in_tenths(traced, [traced.read(batch) for batch in data])
-        return cls(statistics, Observed.of(traced.model, layers, batches, plan.seed), plan.effort)
+        batches = _in_tenths(traced, [traced.read(batch) for batch in data], plan.seed)
+        if len(batches) < 2:
+            why = "the factors are not fitted to the data: no part of them can be held back"
+            return cls(statistics, None, plan.effort, (why,))
+        sample = traced.sample or batches[0]
+        seen = Observed.of(traced.model, layers, batches, sample, plan.seed)
+        if not seen.is_comparable:
+            why = "the factors are not fitted to the data: the model returns no numbers"
+            return cls(statistics, None, plan.effort, (why,))
+        return cls(statistics, seen, plan.effort)
 
     def finish(
         self,
@@ -99,26 +116,50 @@ class Calibrating:
         """Fit a compressed model in place; what makes it worse is taken back.
 
         Args:
-            model: The compressed model.
+            model: The compressed model; where anything but an UnsupportedError is raised
+                meanwhile, as it was.
             parts: Its replaced layers, by name.
             progress: Called with the layers that are done and all of them.
+
+        Raises:
+            UnsupportedError: If the model does not run on the inputs.
         """
         if self.seen is None or not parts:
-            return Calibrated(uncalibrated=self.statistics.shift(model))
-        seen = self.seen
+            return Calibrated(uncalibrated=self.statistics.shift(model), notes=self.notes)
         plain = _state(model, parts)
+        try:
+            return self._fitted(model, parts, self.seen, plain, progress)
+        except BaseException:
+            _restore(plain)
+            raise
+
+    def _fitted(
+        self,
+        model: nn.Module,
+        parts: Mapping[str, Part],
+        seen: Observed,
+        plain: _State,
+        progress: Callable[[int, int], None],
+    ) -> Calibrated:
         uncalibrated = self.statistics.shift(model)
-        steps = [Step("BatchNorm" if self.statistics.before else "factors", seen.divergence(model))]
+        name = "BatchNorm" if self.statistics.before else "the factors"
+        before = Step(name, seen.divergence(model))
         shifted = _state(model, parts)
         _restore(plain)
-        found = refit(model, parts, seen, activations=self.effort == "best", progress=progress)
-        after = seen.divergence(model)
-        notes = found.notes()
-        if not after <= steps[0].divergence or not all(map(is_finite, plain)):
+        try:
+            found = refit(model, parts, seen, activations=self.effort == "best", progress=progress)
+            why, after = None, seen.divergence(model)
+        except UnsupportedError as error:
+            found, why, after = Refitted({}), first_line(error), math.inf
+        if why is None and not all(map(is_finite, plain)):
+            why = "not all numbers would be finite"
+        elif why is None and not after <= before.divergence:
+            why = "on inputs held back the outputs were worse with it"
+        if why is not None:
             _restore(shifted)
-            note = "the refit is taken back: it made the outputs worse on inputs held back"
-            return Calibrated(tuple(steps), uncalibrated, (note, *notes))
-        return Calibrated((*steps, Step("refit", after)), None, notes)
+            told = f"the fit of the factors to the data is taken back: {why}"
+            return Calibrated((before,), uncalibrated, (told, *found.notes()))
+        return Calibrated((before, Step("refit", after)), None, found.notes(), found.errors)
 
 
 _State = dict[Tensor, Tensor]
@@ -126,8 +167,14 @@ _State = dict[Tensor, Tensor]
 
 def _state(model: nn.Module, parts: Mapping[str, Part]) -> _State:
     """Copies of all that a fit changes, by the tensors themselves."""
-    owned = [t for name in parts for t in model.get_submodule(name).parameters()]
-    return {tensor: tensor.detach().clone() for tensor in [*owned, *model.buffers()]}
+    changed: list[Tensor] = []
+    for name in parts:
+        changed += model.get_submodule(name).parameters()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            numbers = (module.running_mean, module.running_var, module.num_batches_tracked)
+            changed += [each for each in numbers if each is not None]
+    return {tensor: tensor.detach().clone() for tensor in changed}
 
 
 def _restore(state: _State) -> None:
@@ -136,11 +183,22 @@ def _restore(state: _State) -> None:
             tensor.copy_(value)
 
 
-def _in_tenths(traced: TracedModel, batches: Sequence[Inputs]) -> list[Inputs]:
-    """Batches of which a tenth can be held back: a single one is cut if the model can be cut so."""
-    size = batches[0].batch if len(batches) == 1 else None
+def _in_tenths(traced: TracedModel, batches: Sequence[Inputs], seed: int) -> list[Inputs]:
+    """Batches of which the last tenth can be held back.
+
+    Images alone are put in another order, since data often come sorted by class, and cut anew,
+    where the model takes any number of them.
+    """
     alone = traced.sample is not None and traced.sample.batch == 1
-    return batches[0].parts(10) if size is not None and size > 1 and alone else list(batches)
+    images = [batch.image for batch in batches]
+    known = [each for each in images if each is not None]
+    if not alone or len(known) < len(batches) or len({each.shape[1:] for each in known}) > 1:
+        return list(batches)
+    joined = torch.cat(known)
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    mixed = joined[torch.randperm(len(joined), generator=generator)]
+    size = min(_TOGETHER, max(len(each) for each in known), -(-len(mixed) // 10))
+    return [Inputs((part,)) for part in mixed.split(max(1, size))]
 
 
 @dataclass(frozen=True)

@@ -99,8 +99,9 @@ class Compressed:
         plan: The moves that it carries.
         layers: All layers of the dense model.
         structure: The stages that stand in for each replaced layer, by name.
-        errors: The relative error of each replaced layer's weight, by name. At most the error that
-            was scored, since the rank that is taken is refined.
+        errors: The relative error of each replaced layer, by name: of its weight, at most the one
+            that was scored, since the rank that is taken is refined; of a layer that was fitted to
+            data that of its output.
         put_back: Why a layer that was to be replaced is dense after all, by name.
         verified: Whether a forward pass has compared it with its dense reconstruction.
         costs: Of the whole model before and after, by the name of a cost; None where unknown.
@@ -322,7 +323,7 @@ def apply_plan(
         plan=_without(replace(plan, moves=tuple(moves.values())), broken),
         layers=traced.layers,
         structure=structure,
-        errors={layer.name: f.error for layer, f in replaced.items()},
+        errors={layer.name: f.error for layer, f in replaced.items()} | dict(calibrated.errors),
         put_back=broken,
         verified=traced.inputs is not None,
         costs={c.name: _after(before[c.name], c, replaced, structure) for c in costs},

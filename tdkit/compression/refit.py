@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,10 @@ from tdkit.calibration.divergence import divergence, outputs_of
 from tdkit.calibration.following import Following, following
 from tdkit.calibration.pairs import Pairs, Wanted, given_rows, wanted_outputs
 from tdkit.calibration.regression import regressed
+from tdkit.compression.verification import dense_weight
 from tdkit.decompositions.base import Decomposition, Prepared, Rank
 from tdkit.decompositions.whitening import Whitened
 from tdkit.forward.inputs import Inputs
-from tdkit.layers.chains import weighted
 from tdkit.layers.evidence import Evidence
 from tdkit.layers.impulses import join_groups, split_groups
 from tdkit.layers.inventory import Layer
@@ -29,7 +29,7 @@ ROWS = 20_000
 """Positions of each layer that are looked at, over all inputs."""
 
 # All that dense layers returned at those positions, in bytes.
-_WANTED = 2**28
+_WANTED = 2**29
 
 # A covariance in float64 beyond which a layer's factors stay as they are, in bytes.
 _LARGEST = 2**28
@@ -62,15 +62,21 @@ class Observed:
 
     @classmethod
     def of(
-        cls, model: nn.Module, layers: Sequence[Layer], batches: Sequence[Inputs], seed: int
+        cls,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        batches: Sequence[Inputs],
+        sample: Inputs,
+        seed: int,
     ) -> Observed:
         """Run a dense model.
 
         Args:
             model: It is afterwards as before.
             layers: Those that are to be replaced.
-            batches: Arguments of forward passes, tensors of any shape; a tenth, at least one, is
-                held back if there are several.
+            batches: Arguments of two forward passes or more, tensors of any shape; a tenth, at
+                least one, is held back.
+            sample: Arguments of one that shows what follows what.
             seed: Seeds the choice of positions.
 
         Raises:
@@ -80,13 +86,13 @@ class Observed:
         channels = sum(spec.out_channels for spec in specs.values())
         rows = max(1, min(ROWS, _WANTED // max(1, 4 * channels)))
         wanted = wanted_outputs(model, layers, batches, rows, seed)
-        held = max(1, len(batches) // 10) if len(batches) > 1 else 0
-        after = following(model, list(wanted), batches[0])
+        held = max(1, len(batches) // 10)
+        after = following(model, list(wanted), sample)
         return cls(
             tuple(batches),
             held,
             wanted,
-            outputs_of(model, batches[-held:]),
+            list(outputs_of(model, batches[-held:])),
             after,
             {name: each.functions(model, specs[name].groups) for name, each in after.items()},
             seed,
@@ -95,6 +101,11 @@ class Observed:
     def divergence(self, model: nn.Module) -> float:
         """How far a compressed model's outputs are from the dense ones on what is held back."""
         return divergence(self.outputs, outputs_of(model, self.batches[-self.held :]))
+
+    @property
+    def is_comparable(self) -> bool:
+        """Whether the model returns any numbers to compare by."""
+        return all(bool(outputs) for outputs in self.outputs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,24 +134,23 @@ class Refitted:
     """What became of the layers.
 
     Attributes:
-        ridges: By layer the ridge of its target, infinite where it is the dense weight.
-        wide: The layers whose inputs have too many entries to look at together.
+        errors: By layer what its factors miss of its output, relative to that, both less their
+            means where the layer has a bias.
         thin: The layers that were given fewer rows than they are wide.
+        left: Why the factors of a layer are as they were, by its name.
     """
 
-    ridges: Mapping[str, float]
-    wide: tuple[str, ...] = ()
+    errors: Mapping[str, float]
     thin: tuple[str, ...] = ()
+    left: Mapping[str, str] = field(default_factory=dict)
 
     def notes(self) -> tuple[str, ...]:
         """What the user should know."""
-        told = []
-        if self.wide:
-            told.append(f"too wide to be fitted to data: {', '.join(self.wide)}")
+        told = [f"{name} is not fitted to the data: {why}" for name, why in self.left.items()]
         if self.thin:
             told.append(
-                "too few inputs for the width of some layers, whose factors are drawn to the"
-                f" dense weights: {', '.join(self.thin)}"
+                "fewer places were looked at than some layers are wide, whose factors are drawn to"
+                f" the dense weights: {', '.join(self.thin)}"
             )
         return tuple(told)
 
@@ -158,7 +168,7 @@ def refit(
     A layer's target is the weight that best makes the dense outputs of what the compressed layers
     before deliver; its factors are those of that target in the metric of these inputs, and its
     bias makes the mean right. Where a layer has no bias, the running mean of the BatchNorm that
-    follows takes it.
+    follows takes it; where there is none, means are part of the metric.
 
     Args:
         model: The compressed model, changed in place; BatchNorm as it is in the dense one.
@@ -166,22 +176,32 @@ def refit(
         seen: What the dense model made of the inputs.
         activations: Fit also to what the activation that follows a layer makes of its output.
         progress: Called with the layers done and all layers.
+
+    Raises:
+        UnsupportedError: If the model does not run.
     """
-    ridges: dict[str, float] = {}
-    wide, thin = [], []
+    errors: dict[str, float] = {}
+    left = {name: "the data never reach it" for name in parts if name not in seen.wanted}
+    thin = []
     todo = [name for name in seen.wanted if name in parts]
     for done, name in enumerate(todo):
         progress(done, len(todo))
         part, width = parts[name], _width(parts[name].spec)
-        if 8 * part.spec.groups * width**2 > _LARGEST:
-            wide.append(name)
-            continue
-        given = _Given.of(model, name, seen, seen.activations[name] if activations else ())
-        if given.pairs.count < width:
-            thin.append(name)
-        ridges[name] = _refit(model, name, part, given, seen)
+        fits = 8 * part.spec.groups * width**2 <= _LARGEST
+        given = _Given.of(model, name, part.spec, seen, activations, fits)
+        if not given.pairs.count:
+            left[name] = "it is given other places than in the dense model"
+        elif not given.pairs.is_finite:
+            left[name] = "what it is given is not finite"
+        elif not fits:
+            left[name] = f"its inputs of {width:,} entries are too wide for their covariance"
+            _correct_bias(model, name, part, given.pairs, seen)
+        else:
+            if given.pairs.count < width:
+                thin.append(name)
+            errors[name] = _refit(model, name, part, given, seen)
     progress(len(todo), len(todo))
-    return Refitted(ridges, tuple(wide), tuple(thin))
+    return Refitted(errors, tuple(thin), left)
 
 
 def _width(spec: LayerSpec) -> int:
@@ -209,22 +229,24 @@ class _Given:
         cls,
         model: nn.Module,
         name: str,
+        spec: LayerSpec,
         seen: Observed,
-        activations: Sequence[Callable[[Tensor], Tensor]],
+        activations: bool,
+        second: bool,
     ) -> _Given:
-        wanted = seen.wanted[name]
-        pairs = Pairs(wanted.spec)
+        centred = spec.bias or seen.following[name].norm is not None
+        pairs = Pairs(spec, centred=centred, second=second)
+        after = seen.activations[name] if activations and centred else ()
         kept, rows = list[tuple[Tensor, Tensor]](), list[tuple[Tensor, Tensor]]()
-        most = _KEPT // (4 * wanted.spec.groups * _width(wanted.spec))
-        for number, inputs, outputs in given_rows(model, name, wanted, seen.batches):
+        most = _KEPT // (4 * spec.groups * _width(spec)) // max(1, len(seen.batches))
+        for number, inputs, outputs in given_rows(model, name, seen.wanted[name], seen.batches):
             if number >= len(seen.batches) - seen.held:
                 kept.append((inputs, outputs))
                 continue
             pairs.add(inputs, outputs)
-            room = most - sum(each.shape[1] for each, _ in rows) if activations else 0
-            if room > 0:
-                rows.append((inputs[:, :room].float(), outputs[:, :room].float()))
-        return cls(pairs, _joined(kept), _joined(rows), activations)
+            if after:
+                rows.append((inputs[:, :most].float(), outputs[:, :most].float()))
+        return cls(pairs, _joined(kept), _joined(rows), after)
 
 
 def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
@@ -241,14 +263,26 @@ def _refit(model: nn.Module, name: str, part: Part, given: _Given, seen: Observe
     evidence = Evidence(zlib.crc32(f"{seen.seed}/{name}/{part.name}".encode()))
     weight = join_groups(target.weight.reshape(dense.shape), spec)
     fitted = Whitened(part.method, spec, weight, target.metric, evidence).refined(part.rank)
-    made = split_groups(fitted.reconstruct(part.rank), spec).flatten(2)
-    bias = pairs.output_mean - (made @ pairs.input_mean[..., None])[..., 0]
+    bias = _bias(pairs, fitted.reconstruct(part.rank))
     factors = fitted.factors(part.rank)
-    norm = seen.following[name].norm
-    if given.rows is not None and given.held is not None and (norm is not None or spec.bias):
+    if given.rows is not None and given.held is not None:
         factors, bias = _to_activations(part, fitted, bias, given, evidence.seed)
-    _write(model, name, part, factors, bias.flatten(), norm)
-    return target.ridge
+    _write(model, name, part, factors, bias, seen.following[name].norm)
+    return fitted.error(part.rank) / fitted.norm if fitted.norm > 0 else 0.0
+
+
+def _bias(pairs: Pairs, weight: Tensor) -> Tensor:
+    """What makes the mean of the output right, (groups, out)."""
+    made = split_groups(weight, pairs.spec).flatten(2)
+    return pairs.output_mean - (made @ pairs.input_mean[..., None])[..., 0]
+
+
+def _correct_bias(model: nn.Module, name: str, part: Part, pairs: Pairs, seen: Observed) -> None:
+    """The bias alone: it takes no more than means."""
+    module = model.get_submodule(name)
+    assert isinstance(module, nn.Sequential)
+    bias = _bias(pairs, dense_weight(module, part.spec, part.stages))
+    _write(model, name, part, None, bias, seen.following[name].norm)
 
 
 def _to_activations(
@@ -283,19 +317,20 @@ def _write(
     model: nn.Module,
     name: str,
     part: Part,
-    factors: Sequence[Tensor],
+    factors: Sequence[Tensor] | None,
     bias: Tensor,
     norm: str | None,
 ) -> None:
     module = model.get_submodule(name)
     assert isinstance(module, nn.Sequential)
+    rest = iter(factors or ())
     with torch.no_grad():
-        for own, (stage, factor) in zip(module, weighted(part.stages, factors), strict=True):
-            if factor is not None:
-                own.get_parameter("weight").copy_(factor)
+        for own, stage in zip(module, part.stages, strict=True):
+            if factors is not None and stage.weight_shape is not None:
+                own.get_parameter("weight").copy_(next(rest))
             if stage.bias:
-                own.get_parameter("bias").copy_(bias)
+                own.get_parameter("bias").copy_(bias.flatten())
         if norm is not None and not part.spec.bias:
             # BatchNorm takes its mean away: what is missing is taken away less.
             mean = model.get_submodule(norm).get_buffer("running_mean")
-            mean.sub_(bias.to(mean))
+            mean.sub_(bias.flatten().to(mean))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Of an energy: what squared errors that are the same may differ by from processor to processor.
-_ROUNDING = 1e-14
+ROUNDING = 1e-14
+"""Of an energy: what squared errors that are the same may differ by, processor to processor."""
 
 
 def leading_basis(matrix: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def smallest_of_least(errors: Tensor, sizes: Tensor, energy: float) -> int:
         sizes: What each takes, of the same shape.
         energy: The squared norm of what is approximated, in whose rounding errors drown.
     """
-    least = errors <= errors.min() + _ROUNDING * energy
+    least = errors <= errors.min() + ROUNDING * energy
     return int(torch.where(least, sizes, torch.iinfo(torch.int64).max).argmin())
 
 

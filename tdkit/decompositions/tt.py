@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tdkit.decompositions.base import Decomposition, Prepared, Rank
+from tdkit.decompositions.base import Decomposition, Prepared, Rank, count
 from tdkit.decompositions.hosvd import hosvd
 from tdkit.decompositions.spectra import (
+    ROUNDING,
     energies,
     fitted,
     leading_basis,
@@ -27,6 +28,9 @@ from tdkit.decompositions.spectra import (
 )
 from tdkit.layers.evidence import NO_EVIDENCE, Evidence
 from tdkit.layers.spec import LayerSpec
+
+# Trains of the same error that are told apart by their size, at most.
+_MOST_TIES = 64
 
 
 class TensorTrain(Decomposition):
@@ -134,7 +138,8 @@ class PreparedTensorTrain(Prepared):
         """The rank of least bound on the error that fits, over all end and a grid of middle ranks.
 
         The bound is exact in the cuts at the ends and, in the middle ones, the tail of the whole
-        weight's unfolding. It falls with each rank, so the largest first rank that fits is taken.
+        weight's unfolding. It falls with each rank, so the largest first rank
+        that fits is tried; of all trains that only rounding tells apart the smallest is taken.
         """
         trains = self._trains
         first = (parameters - trains.size).div(trains.growth, rounding_mode="floor")
@@ -143,9 +148,19 @@ class PreparedTensorTrain(Prepared):
         bounds = torch.where(first >= trains.least, bounds, math.inf)
         if not math.isfinite(float(bounds.min())):
             return (1,) * (len(self._shape) - 1)
-        size = (trains.size + trains.growth * first).long()
         energy = float(self._hosvd.squared[0, 0])
-        cut, column = divmod(smallest_of_least(bounds, size, energy), len(trains.last))
+        near = (bounds <= bounds.min() + ROUNDING * energy).nonzero(as_tuple=True)
+        size = (trains.size + trains.growth * trains.least).expand_as(bounds)[near]
+        chosen = size.argsort(stable=True)[:_MOST_TIES]
+        places = zip(near[0][chosen].tolist(), near[1][chosen].tolist(), strict=True)
+        ranks = [self._smallest_first(cut, column, first, energy) for cut, column in places]
+        return min(ranks, key=lambda rank: count(self.method.stages(self.group, rank)))
+
+    def _smallest_first(
+        self, cut: int, column: int, first: Tensor, energy: float
+    ) -> tuple[int, ...]:
+        """A train of the least first rank that is as good as the largest one that fits."""
+        trains = self._trains
         last = int(trains.last[column])
         low, high = int(trains.least[cut, column]), int(first[cut, column])
         ends = self._ends[last, low : high + 1]

@@ -69,13 +69,6 @@ class Inputs:
             return self
         return self._of_batch(1, lambda tensor: torch.cat([tensor, tensor.flip(-1)]))
 
-    def parts(self, count: int) -> list[Inputs]:
-        """The samples in at most so many parts of equal size, but for the last."""
-        size = self.batch or 1
-        step = -(-size // count)
-        starts = range(0, size, step)
-        return [self._of_batch(size, partial(_cut, at, at + step)) for at in starts]
-
     def _of_batch(self, size: int | None, change: Callable[[Tensor], Tensor]) -> Inputs:
         return self.map(lambda x: change(x) if x.ndim and len(x) == size else x)
 
@@ -94,10 +87,6 @@ class Inputs:
     def shapes(self) -> str:
         """The shapes of the tensors, for messages."""
         return ", ".join(str(tuple(tensor.shape)) for tensor in self.tensors)
-
-
-def _cut(start: int, end: int, tensor: Tensor) -> Tensor:
-    return tensor[start:end]
 
 
 def readings(value: Any) -> tuple[Inputs, ...]:

@@ -10,12 +10,16 @@ import torch
 from torch import Tensor, nn
 
 import tdkit
+from tdkit.calibration.activations import Rows, fitted_to_activations
 from tdkit.calibration.divergence import divergence, outputs_of
 from tdkit.calibration.following import Following, following
 from tdkit.compression import calibrating
 from tdkit.compression.refit import Refitted
+from tdkit.decompositions.base import prepared
+from tdkit.decompositions.svd import Svd
 from tdkit.errors import UsageError
 from tdkit.forward.inputs import Inputs
+from tdkit.layers.spec import spec_of
 
 
 class Residual(nn.Module):
@@ -64,7 +68,7 @@ def compressed(dense: nn.Module, effort: str, **more: Any) -> tdkit.Compression:
 
 def apart(dense: nn.Module, small: nn.Module) -> float:
     batch = [Inputs((images(200, seed=9),))]
-    return divergence(outputs_of(dense, batch), outputs_of(small, batch))
+    return divergence(list(outputs_of(dense, batch)), outputs_of(small, batch))
 
 
 @pytest.mark.parametrize("methods", [None, "svd", "tucker", "tt", "cp", "kronecker", "spatial-svd"])
@@ -140,13 +144,117 @@ def test_too_few_inputs_are_told_and_spoil_nothing() -> None:
         )
     few = torch.randn(20, 40, generator=torch.Generator().manual_seed(0))
     done = tdkit.compress(dense, 0.6, data=[few[:10], few[10:]], measure=False)
-    assert any("too few inputs for the width of some layers" in note for note in done.notes)
+    assert any("fewer places were looked at than some layers are wide" in n for n in done.notes)
     fast = tdkit.compress(dense, 0.6, data=[few[:10], few[10:]], effort="fast", measure=False)
     many = [Inputs((torch.randn(500, 40, generator=torch.Generator().manual_seed(1)),))]
-    want = outputs_of(dense, many)
+    want = list(outputs_of(dense, many))
     assert divergence(want, outputs_of(done.model, many)) <= 1.1 * divergence(
         want, outputs_of(fast.model, many)
     )
+
+
+class Plain(nn.Module):
+    """Matrices without bias behind ReLUs, whose inputs have a large mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.mid = nn.Linear(24, 48), nn.Linear(48, 48, bias=False)
+        self.down, self.head = nn.Linear(48, 48, bias=False), nn.Linear(48, 4)
+        self.register_buffer("mask", torch.full((4,), -torch.inf))
+        self.register_buffer("table", torch.ones(3, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Scores in a dict."""
+        x = (self.up(x) + 3).relu()
+        return {"scores": self.head(input=self.down(input=self.mid(x).relu()).relu())}
+
+
+def plain_model() -> Plain:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Plain().eval()
+
+
+def rows(count: int = 1000, seed: int = 0) -> Tensor:
+    few = torch.randn(6, 24, generator=torch.Generator().manual_seed(99))
+    return torch.randn(count, 6, generator=torch.Generator().manual_seed(seed)) @ few
+
+
+def test_without_any_bias_the_mean_is_part_of_the_metric() -> None:
+    dense, batch = plain_model(), [Inputs((rows(500, seed=1),))]
+    models = {
+        effort: tdkit.compress(dense, 0.5, data=rows(), effort=effort, measure=False)
+        for effort in ("fast", "default", "best")
+    }
+    assert {move.layer for move in models["fast"].plan.moves} & {"mid", "down"}
+    want = list(outputs_of(dense, batch))
+    fast, *fitted = (divergence(want, outputs_of(each.model, batch)) for each in models.values())
+    assert max(fitted) < 0.3 * fast
+    assert all(each.steps[-1].name == "refit" for each in list(models.values())[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_of_any_type(dtype: torch.dtype) -> None:
+    dense = plain_model()
+    del dense.table
+    dense.to(dtype)
+    done = tdkit.compress(dense, 0.5, data=rows().to(dtype), measure=False)
+    assert done.steps[-1].name == "refit"
+    assert {p.dtype for p in done.model.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("when", ["progress", "refit"])
+def test_a_model_that_was_given_away_comes_back_as_it_was(
+    when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(stage: str, done: int, total: int) -> None:
+        if when == "progress" and stage.startswith("fitting") and done == 1:
+            raise KeyboardInterrupt
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    if when == "refit":
+        monkeypatch.setattr(calibrating, "refit", fail)
+    dense = model()
+    before = copy.deepcopy(dense.state_dict())
+    with pytest.raises(KeyboardInterrupt):
+        compressed(dense, "default", inplace=True, progress=stop)
+    assert list(before) == list(dense.state_dict())
+    assert all(torch.equal(value, before[key]) for key, value in dense.state_dict().items())
+
+
+class Routed(nn.Module):
+    """The second layer is given those rows alone whose first feature is large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gate = nn.Linear(24, 48), nn.Linear(48, 48)
+        self.expert, self.never = nn.Linear(48, 48), nn.Linear(48, 48)
+        self.head = nn.Linear(48, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores."""
+        x = self.gate(self.first(x).relu())
+        chosen = x[:, 0] > 0.3
+        x = x.index_put((chosen,), self.expert(x[chosen]))
+        if len(x) == 1:
+            x = self.never(x)
+        result: Tensor = self.head(x)
+        return result
+
+
+def test_layers_that_are_given_other_rows_are_left_and_told() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        dense = Routed().eval()
+    done = tdkit.compress(
+        dense, 0.4, data=list(rows().split(100)), example_inputs=rows(4), measure=False
+    )
+    told = " ".join(done.notes)
+    assert done.steps
+    assert "expert" not in done.structure or "expert is not fitted" in told or done.steps[1:]
+    assert "never is not fitted to the data: the data never reach it" in told
 
 
 def test_without_data_and_on_request_nothing_is_fitted() -> None:
@@ -178,6 +286,62 @@ def test_what_follows_a_layer() -> None:
     assert Following("norm").functions(dense, 1) == []
 
 
+class Deceiving(nn.Module):
+    """Nothing here is what follows a layer at once, or its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Conv2d(4, 4, 1, bias=False) for _ in range(4))
+        self.norm, self.shared, self.late = (nn.BatchNorm2d(4) for _ in range(3))
+        self.act, self.inplace = nn.ReLU(), nn.ReLU(inplace=True)
+        self.tokens, self.norm1d = nn.Linear(4, 4, bias=False), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Whatever."""
+        out = self.norm(self.a(x))
+        out += x
+        out = self.act(out)
+        out = self.shared(self.b(out)) + self.shared(self.c(out))
+        out = self.late(self.inplace(self.d(out)))
+        result: Tensor = self.norm1d(self.tokens(out.mean(3)))
+        return result
+
+
+def test_what_does_not_follow_a_layer_though_it_looks_so() -> None:
+    dense = Deceiving().eval()
+    names = ["a", "b", "c", "d", "tokens"]
+    assert following(dense, names, Inputs((torch.randn(2, 4, 4, 4),))) == {
+        "a": Following("norm"),
+        "b": Following(),
+        "c": Following(),
+        "d": Following(None, "inplace"),
+        "tokens": Following(),
+    }
+
+
+def test_behind_the_activation_the_error_is_less() -> None:
+    generator = torch.Generator().manual_seed(0)
+    spec = spec_of(nn.Linear(20, 16))
+    assert spec is not None
+    weight = torch.randn(16, 20, generator=generator).double()
+    x = torch.randn(2000, 20, generator=generator)
+    bias = -torch.ones(16)
+    pairs = Rows(x[:1500], x[:1500] @ weight.float().T + bias)
+    held = Rows(x[1500:], x[1500:] @ weight.float().T + bias)
+    ready = prepared(Svd(), spec, weight)
+    start = ready.factors(4)
+    stages = Svd().stages(spec.per_group(), 4)
+    found, summand = fitted_to_activations(
+        stages, start, bias, pairs, held, torch.relu, spec.per_group(), generator
+    )
+
+    def error(factors: Any, add: Tensor) -> float:
+        made = x[1500:] @ (factors[1] @ factors[0]).float().T + add
+        return float((made.relu() - held.outputs.relu()).square().mean())
+
+    assert error(found, summand) < 0.9 * error(start, bias)
+
+
 def test_divergence_is_in_nats_for_scores_and_relative_for_the_rest() -> None:
     a, b = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[0.0, 0.0], [0.0, 0.0]])
     p = a.double().softmax(1)
@@ -188,3 +352,6 @@ def test_divergence_is_in_nats_for_scores_and_relative_for_the_rest() -> None:
     assert divergence([[tokens]], [[tokens]]) == 0
     mean = torch.full_like(tokens, float(tokens.mean()))
     assert divergence([[tokens]], [[mean]]) == pytest.approx(1, rel=1e-5)
+    masked = torch.tensor([[1.0, -torch.inf, 0.0]])
+    assert divergence([[masked]], [[masked]]) == 0
+    assert divergence([[tokens]], [[tokens[:2]]]) == float("inf")
