@@ -32,7 +32,7 @@ from tdkit.opening import open_dataset
 from tdkit.registry import load_registry
 from tdkit.training.loop import evaluate
 
-BUDGETS = (0.5, 0.25, 0.1, 0.05, 0.03)
+BUDGETS = (0.25, 0.1, 0.05, 0.03)
 SETS = 3
 SIZE = 512
 

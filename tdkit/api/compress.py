@@ -130,7 +130,8 @@ def compress(
             there are labelled test images. Without it a model from a file is compressed in place.
         batch_size: Inputs of a timed pass.
         inplace: Compress the module itself. Above the model it then takes a quarter of its size
-            and the largest layer's own work; nothing is timed.
+            and the largest layer's own work, with data also what that is fitted to; nothing is
+            timed.
         dry_run: Refuse what could not be done at the end, and do none of it: nothing is
             fine-tuned, written or measured.
         progress: A callback, or True for a bar.

@@ -311,13 +311,14 @@ def apply_plan(
                 if layer.name not in broken:
                     surgery.replace(layer, factorized[layer].module)
         replaced = {layer: f for layer, f in factorized.items() if layer.name not in broken}
+        structure = {layer.name: f.stages for layer, f in replaced.items()}
+        after = {cost.name: _after(before[cost.name], cost, replaced, structure) for cost in costs}
         if broken and all_or_nothing:
             surgery.undo()
             calibrated = Calibrated()
         else:
             parts = _parts(replaced, moves, methods, surgery)
             calibrated = calibrating.finish(traced.model, parts, progress)
-    structure = {layer.name: f.stages for layer, f in replaced.items()}
     return Compressed(
         model=traced.model,
         plan=_without(replace(plan, moves=tuple(moves.values())), broken),
@@ -326,7 +327,7 @@ def apply_plan(
         errors={layer.name: f.error for layer, f in replaced.items()} | dict(calibrated.errors),
         put_back=broken,
         verified=traced.inputs is not None,
-        costs={c.name: _after(before[c.name], c, replaced, structure) for c in costs},
+        costs=after,
         uncalibrated=calibrated.uncalibrated,
         steps=calibrated.steps,
         notes=calibrated.notes,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from small_cnn import SHAPE, same
+from small_cnn import SHAPE, images, same
 
 import tdkit
 from tdkit.decompositions.base import Prepared
@@ -56,3 +56,27 @@ def test_what_belongs_to_the_scoring_is_refused(model) -> None:
     blind = tdkit.score(model, **{**GRID, "input_shape": None})
     with pytest.raises(UsageError, match="no macs"):
         tdkit.plan(blind, 0.5, cost="macs")
+
+
+def test_a_plan_says_by_what_errors_added_up_and_how_hard_to_fit(model, tmp_path) -> None:
+    scores = tdkit.score(model, **GRID)
+    usual, squares = tdkit.plan(scores, 0.5), tdkit.plan(scores, 0.5, penalty="squares")
+    assert (usual.penalty, squares.penalty) == ("logarithm", "squares")
+    best = tdkit.plan(scores, 0.5, effort="best", calibration="data")
+    assert (best.effort, best.to_json()["effort"]) == ("best", "best")
+    assert tdkit.Plan.from_json(best.to_json()) == best
+    old = {key: v for key, v in usual.to_json().items() if key not in ("effort", "penalty")}
+    assert tdkit.Plan.from_json(old).effort == "fast"
+    with pytest.raises(UsageError, match="adds up by 'cubes', which is no penalty"):
+        tdkit.plan(scores, 0.5, penalty="cubes")
+    with pytest.raises(UsageError, match='"effort" is none of fast, default, best'):
+        tdkit.Plan.from_json({**old, "effort": "hard"})
+
+
+def test_a_plan_of_a_model_takes_no_fit(model, monkeypatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("it fits factors")
+
+    monkeypatch.setattr("tdkit.compression.calibrating.refit", fail)
+    options = {**GRID, "data": [images(20), images(20)], "effort": "best"}
+    assert tdkit.plan(model, 0.5, **options).effort == "best"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -113,7 +114,10 @@ def test_the_tables_tell_moves_and_totals(tdkit, toy, tmp_path) -> None:
     assert ["parameters", "3,738"] in [line[:2] for line in lines]
     assert "MACs per input" in done.stdout
     assert "file size of the state_dict" in done.stdout
-    assert "\nno BatchNorm is calibrated\n" in done.stdout
+    assert (
+        "\nthe factors are fitted to unlabelled inputs: on those held back the outputs "
+        in done.stdout
+    )
     assert "latency (batch 1, 1 thread, cpu)" in done.stdout
     assert "accuracy (60 images)" in done.stdout
     size = f"{(tmp_path / 'small.pt').stat().st_size / 1e6:.2f} MB"
@@ -189,7 +193,15 @@ def test_it_says_what_batchnorm_is_calibrated_on(tdkit, tmp_path) -> None:
 
     assert told(*SHAPE) == ("noise", "BatchNorm is calibrated on noise")
     data = ("--data", "toy-data")
-    assert told(*data) == ("data", "BatchNorm is calibrated on training images")
+    fast = ("--effort", "fast")
+    assert told(*data, *fast) == ("data", "BatchNorm is calibrated on training images")
+    how, line = told(*data)
+    assert how == "data"
+    assert re.fullmatch(
+        r"the factors are fitted to unlabelled inputs: on those held back the outputs differ by \S+"
+        r" where BatchNorm alone left \S+",
+        line,
+    )
     assert told(*data, "--calibration", "none") == ("none", "no BatchNorm is calibrated")
     assert told() == ("none", "no BatchNorm is calibrated")
 
@@ -343,6 +355,17 @@ def test_names_are_taken_with_underscores_and_capitals(tdkit, toy) -> None:
     plan = json.loads(done.stdout)
     assert (plan["metric"], plan["planner"]) == ("absolute-weights", "greedy")
     assert list(plan["moves"][0]["errors"]) == ["absolute-weights"]
+
+
+def test_penalty_and_effort_are_options(tdkit, toy) -> None:
+    done = tdkit("compress", "toy.pt", "--penalty", "squares", "--effort", "best", "--dry-run")
+    assert done.status == 0
+    plan = json.loads(done.stdout)
+    assert (plan["penalty"], plan["effort"]) == ("squares", "best")
+    wrong = tdkit("compress", "toy.pt", "--effort", "hard")
+    assert wrong.status == 2
+    assert "unknown effort 'hard'" in wrong.stderr
+    assert "fast, default, best" in wrong.stderr
 
 
 @pytest.mark.parametrize(

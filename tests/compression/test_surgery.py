@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tdkit.calibration import batchnorm
-from tdkit.compression import compress, surgery
+from tdkit.compression import calibrating, compress, surgery
 from tdkit.compression.compress import Compressed, Goal, apply_plan, compress_model
 from tdkit.compression.plan import Move, Plan
 from tdkit.compression.scoring import Grid
@@ -137,7 +137,7 @@ FAULTS: dict[str, tuple[Any, str, int]] = {
     "verifying the first": (compress, "verify", 0),
     "verifying the last": (compress, "verify", 2),
     "replacing": (surgery, "replace_layer", 2),
-    "calibrating": (compress, "shift_statistics", 0),
+    "calibrating": (calibrating, "shift_statistics", 0),
     "calibrating the second layer": (batchnorm, "_shift", 1),
     "counting": (compress, "_after", 1),
 }
