@@ -281,7 +281,7 @@ def _with_features(
     for candidate, module in group:
         assert module is not None
         stand_ins.setdefault(candidate.layer, []).append(module)
-    measured = feature_errors(model, stand_ins, batches, grid.features, moments)
+    measured = feature_errors(model, stand_ins, batches, grid.features, moments, grid.seed)
     rows = {name: iter(errors) for name, errors in measured.items()}
     for candidate, _ in group:
         if candidate.layer in rows:

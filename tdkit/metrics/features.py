@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tdkit import defaults
 from tdkit.errors import UnsupportedError, first_line
 from tdkit.forward.inputs import Inputs
 from tdkit.forward.trial import trial
@@ -32,6 +33,7 @@ def feature_errors(
     batches: Iterable[Any],
     metrics: Sequence[Metric],
     moments: Mapping[str, Moments] = MappingProxyType({}),
+    seed: int = defaults.SEED,
 ) -> dict[str, list[dict[str, float]]]:
     """Mean over samples of each metric on the outputs of layers, in one pass over the data.
 
@@ -44,6 +46,7 @@ def feature_errors(
         batches: Model inputs: a tensor (batch, ...), or several, however nested.
         metrics: Feature metrics.
         moments: Of the inputs of layers, by name, for metrics that look at them.
+        seed: Of the evidence that metrics see.
 
     Returns:
         By the name of a layer, for each of its stand-ins the error of every metric. A layer that
@@ -55,7 +58,7 @@ def feature_errors(
         NotFiniteError: If a layer's features are not finite, whatever stands in for it.
     """
     watched = {
-        name: Watched(name, modules, metrics, Evidence(moments=moments.get(name)))
+        name: Watched(name, modules, metrics, Evidence(seed, moments.get(name)))
         for name, modules in stand_ins.items()
     }
     handles = [

@@ -273,3 +273,17 @@ def test_it_sees_them_in_the_layout_of_the_layer() -> None:
     for name, layer in model.named_children():
         outputs[name] = tuple((x := layer(x)).shape[1:])
     assert shapes["features"] == {outputs[name] for name in found}
+
+
+@pytest.mark.parametrize("target", ["weights", "features"])
+def test_a_metric_sees_the_seed_of_the_scoring(target: Any) -> None:
+    seen = set()
+
+    def look(difference: Difference) -> float:
+        seen.add(difference.evidence.seed)
+        return 0.5
+
+    grid = Grid({"svd": Svd()}, [Metric("mine", target, compare=look)], (0.5,), seed=7)
+    score(TracedModel.of(network(), include_ends=True), grid, batches=[images()])
+    assert 0 not in seen
+    assert seen == {7} or target == "weights"
