@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from tdkit.forward.inputs import Inputs
-from tdkit.forward.trial import trial
+from tdkit.forward.trial import run_on_data
 
 
 def outputs_of(model: nn.Module, batches: Iterable[Inputs]) -> Iterator[list[Tensor]]:
@@ -19,10 +19,12 @@ def outputs_of(model: nn.Module, batches: Iterable[Inputs]) -> Iterator[list[Ten
     Args:
         model: It is afterwards as before.
         batches: Arguments of forward passes, tensors of any shape.
+
+    Raises:
+        UnsupportedError: If the model does not run on them.
     """
     for batch in batches:
-        with trial(model):
-            leaves = pytree.tree_leaves(batch.run(model))
+        leaves = pytree.tree_leaves(run_on_data(model, batch))
         yield [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point()]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tdkit.forward.inputs import Inputs
-from tdkit.forward.trial import trial
+from tdkit.forward.trial import run_on_data
 
 # Each of what they are given entry by entry, without parameters.
 _ACTIVATIONS = (
@@ -62,6 +62,9 @@ def following(model: nn.Module, layers: Sequence[str], inputs: Inputs) -> Mappin
         model: It is afterwards as before.
         layers: Names of layers.
         inputs: Arguments of one forward pass, tensors of any shape.
+
+    Raises:
+        UnsupportedError: If the model does not run on them.
     """
     at_hand: list[tuple[str, Tensor, int]] = []
     calls: Counter[str] = Counter()
@@ -107,8 +110,7 @@ def following(model: nn.Module, layers: Sequence[str], inputs: Inputs) -> Mappin
             activations.append(name)
             handles.append(module.register_forward_pre_hook(partial(activated, name)))
     try:
-        with trial(model):
-            inputs.run(model)
+        run_on_data(model, inputs)
     finally:
         for handle in handles:
             handle.remove()

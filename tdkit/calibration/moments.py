@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdkit.errors import UnsupportedError, first_line
 from tdkit.forward.inputs import Inputs
-from tdkit.forward.trial import trial
+from tdkit.forward.trial import run_on_data
 from tdkit.layers.evidence import Moments
 
 # Features that are in memory as float64 at once.
@@ -77,14 +76,7 @@ def input_moments(
     ]
     try:
         for batch in batches:
-            with trial(model):
-                batch.run(model)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # a model may fail in any way
-        raise UnsupportedError(
-            f"the model does not run on the data: {first_line(error)}"
-        ) from error
+            run_on_data(model, batch)
     finally:
         for handle in handles:
             handle.remove()

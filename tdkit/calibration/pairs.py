@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdkit.errors import UnsupportedError, first_line
 from tdkit.forward.inputs import Inputs
-from tdkit.forward.trial import trial
+from tdkit.forward.trial import run_on_data
 from tdkit.layers.inventory import Layer
 from tdkit.layers.patches import input_rows, output_rows, positions
 from tdkit.layers.spec import LayerSpec
@@ -163,7 +162,7 @@ def wanted_outputs(
     with _removed(handles):
         for batch in batches:
             now.clear()
-            _run(model, batch)
+            run_on_data(model, batch)
             found.append(dict(now))
     return {
         name: Wanted(spec, tuple(tuple(calls.get(name, ())) for calls in found))
@@ -209,7 +208,8 @@ def given_rows(
         for number, batch in enumerate(batches):
             rows.clear()
             if wanted.calls[number]:
-                _run(model, batch)
+                with suppress(_Enough):
+                    run_on_data(model, batch)
             for inputs, call in zip(rows, wanted.calls[number], strict=False):
                 if inputs is not None:
                     yield number, inputs, call.rows
@@ -217,20 +217,6 @@ def given_rows(
 
 class _Enough(BaseException):
     """All that is wanted was seen. No model catches it as an error of its own."""
-
-
-def _run(model: nn.Module, batch: Inputs) -> Any:
-    try:
-        with trial(model):
-            return batch.run(model)
-    except _Enough:
-        return None
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # a model may fail in any way
-        raise UnsupportedError(
-            f"the model does not run on the data: {first_line(error)}"
-        ) from error
 
 
 @contextmanager

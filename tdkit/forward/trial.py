@@ -5,10 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from tdkit.errors import UnsupportedError, first_line
+from tdkit.forward.inputs import Inputs
 
 
 @contextmanager
@@ -31,6 +35,27 @@ def trial(model: nn.Module, training: bool = False) -> Iterator[None]:
     """
     with _kept_buffers(model), _fixed_randomness(model), mode(model, training), torch.no_grad():
         yield
+
+
+def run_on_data(model: nn.Module, batch: Inputs) -> Any:
+    """What a model returns in eval mode, without gradients and without a trace.
+
+    Args:
+        model: It is afterwards as before.
+        batch: Arguments of a forward pass, tensors of any shape.
+
+    Raises:
+        UnsupportedError: If the model does not run on them.
+    """
+    try:
+        with trial(model):
+            return batch.run(model)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a model may fail in any way
+        raise UnsupportedError(
+            f"the model does not run on the data: {first_line(error)}"
+        ) from error
 
 
 @contextmanager
