@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import tdkit
 from tdkit.calibration.batchnorm import match_statistics
-from tdkit.compression.compress import apply_plan
+from tdkit.compression.applying import apply_plan
 from tdkit.compression.plan import Move, Plan
 from tdkit.datasets.base import Split
 from tdkit.decompositions.base import layer_stages

@@ -118,7 +118,7 @@ def _create(target: str, normalisation: str) -> Metric:
 
 @hookimpl
 def tdkit_metrics() -> list[MetricRecord]:
-    """Provide {relative,absolute,scaled}-{weights,features}."""
+    """Provide {relative,absolute,scaled}-{weights,features}, and two that see inputs."""
     meaning = {
         "relative": "norm of the difference over the norm of the original",
         "absolute": "norm of the difference",
@@ -129,7 +129,30 @@ def tdkit_metrics() -> list[MetricRecord]:
         MetricRecord(f"{name}-{target}", summary + needs[target], partial(_create, target, name))
         for target in needs
         for name, summary in meaning.items()
+    ] + [
+        MetricRecord(
+            "whitened-features",
+            "relative-features in closed form, from covariances; needs data",
+            _whitened_features,
+        ),
+        MetricRecord(
+            "output-gauss-newton",
+            "change of the model's output, from gradients and covariances; needs data",
+            _output_gauss_newton,
+        ),
     ]
+
+
+def _whitened_features() -> Metric:
+    from tdkit.metrics.curvature import WHITENED
+
+    return WHITENED
+
+
+def _output_gauss_newton() -> Metric:
+    from tdkit.metrics.curvature import GAUSS_NEWTON
+
+    return GAUSS_NEWTON
 
 
 @hookimpl

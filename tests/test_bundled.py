@@ -11,7 +11,8 @@ from torch import nn
 
 from tdkit.calibration.batchnorm import Calibration
 from tdkit.checkpoint import load_model
-from tdkit.compression.compress import Goal, apply_plan, make_plan
+from tdkit.compression.applying import apply_plan
+from tdkit.compression.compress import Goal, make_plan
 from tdkit.compression.plan import Plan
 from tdkit.compression.scoring import Grid, score
 from tdkit.costs.base import Cost, total_cost

@@ -13,7 +13,7 @@ from tdkit.api.compress import REFITTING, REPLACING, Settings, traced_subject
 from tdkit.api.compression import Compression, Ending, finish
 from tdkit.api.files import plan_title
 from tdkit.api.subject import Given, Model, open_subject
-from tdkit.compression.compress import apply_plan
+from tdkit.compression.applying import apply_plan
 from tdkit.compression.plan import Plan
 from tdkit.compression.report import state_bytes
 from tdkit.compression.scoring import looks_at_data

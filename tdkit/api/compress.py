@@ -40,7 +40,7 @@ def compress(
     cost: str = defaults.COST,
     methods: str | Sequence[str] | None = None,
     settings: Settings | None = None,
-    metric: str = defaults.METRIC,
+    metric: str | None = None,
     penalty: str | None = None,
     planner: str = defaults.PLANNER,
     calibration: str = defaults.CALIBRATION,
@@ -90,7 +90,9 @@ def compress(
         methods: Names of decompositions; by default each at the keeps where it is fast.
         settings: Of methods: ``{"cp": {"sweeps": 20}}``.
         metric: The error whose penalties, summed over layers, are kept small. Feature metrics
-            need ``data``.
+            need ``data``. If None, ``relative-weights``; where factors are fitted to data, plans
+            by what these say of the candidates are made as well, and the one is kept whose model
+            is nearest to the dense one on them.
         penalty: By what errors add up over layers: ``logarithm``, ``squares`` or ``itself``; by
             the metric's own law if None. See :data:`tdkit.metrics.base.PENALTIES`.
         planner: The name of the planner.
@@ -150,7 +152,7 @@ def compress(
     """
     start, registry = time.perf_counter(), load_registry()
     wanted = None if methods is None else arguments.methods(methods)
-    record = lookup(registry.metrics, metric, "metric")
+    record = lookup(registry.metrics, metric or defaults.METRIC, "metric")
     chooser = lookup(registry.planners, planner, "planner")
     goal = Goal(
         budget,
@@ -211,6 +213,7 @@ def compress(
             chooser.create(),
             batches=batches,
             calibration=images,
+            compare=metric is None and penalty is None,
             progress=lambda done, total: _update(update, done, total),
             refitting=lambda done, total: update(REFITTING, done, total),
         )

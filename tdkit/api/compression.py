@@ -13,8 +13,8 @@ from torch import nn
 
 from tdkit.api.files import Destination, write
 from tdkit.api.subject import Subject
+from tdkit.compression.applying import Compressed, larger_than_dense
 from tdkit.compression.calibrating import Step
-from tdkit.compression.compress import Compressed, larger_than_dense
 from tdkit.compression.plan import Plan
 from tdkit.compression.report import Report, measure, near_chance
 from tdkit.defaults import PATIENCE
@@ -55,6 +55,7 @@ class Compression:
         verified: Whether a forward pass has compared it with its dense reconstruction.
         calibration: What the compressed layers are fitted to.
         steps: What was fitted to data, one after the other, and what each made of the outputs.
+        compared: How many plans were built, of which this one leaves the least divergence.
         uncalibrated: Why it is not, where the plan asks for it.
         seconds: How long it took.
         written: The file that it was written to, where one was asked for.
@@ -73,6 +74,7 @@ class Compression:
     verified: bool
     calibration: str
     steps: tuple[Step, ...]
+    compared: int
     uncalibrated: str | None
     seconds: float
     written: Destination | None
@@ -134,9 +136,10 @@ class Compression:
         if len(self.steps) < 2:
             return _CALIBRATED[self.calibration]
         first, last = self.steps[0], self.steps[-1]
+        best = f", the best of {self.compared} plans" if self.compared > 1 else ""
         return (
-            f"the factors are fitted to unlabelled inputs: on those held back the outputs differ"
-            f" by {last.divergence:.2g} where {first.name} alone left {first.divergence:.2g}"
+            f"the factors are fitted to unlabelled inputs{best}: on those held back the outputs"
+            f" differ by {last.divergence:.2g} where {first.name} alone left {first.divergence:.2g}"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -150,6 +153,7 @@ class Compression:
             "verified": self.verified,
             "calibration": self.calibration,
             "steps": [{"name": s.name, "divergence": s.divergence} for s in self.steps],
+            "compared": self.compared,
             "uncalibrated": self.uncalibrated,
             "put_back": dict(self.put_back),
             "seconds": round(self.seconds, 3),
@@ -278,6 +282,7 @@ def finish(
         verified=result.verified,
         calibration=result.calibrated,
         steps=result.steps,
+        compared=result.compared,
         uncalibrated=result.uncalibrated,
         seconds=0.0,
         written=destination,

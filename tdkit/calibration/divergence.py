@@ -29,42 +29,72 @@ def outputs_of(model: nn.Module, batches: Iterable[Inputs]) -> Iterator[list[Ten
 
 
 def divergence(wanted: Sequence[Sequence[Tensor]], found: Iterable[Sequence[Tensor]]) -> float:
-    """How far outputs are from those that are wanted, in nats per sample; 0 where they agree.
-
-    Of scores (batch, classes) it is the Kullback-Leibler divergence of what their softmax says. Of
-    anything else it is the squared error relative to the variance of what is wanted. Several
-    tensors add up. Infinite where they are not of the same shapes.
+    """The mean of :func:`divergences`; 0 of nothing.
 
     Args:
         wanted: For each batch the tensors of the dense model, of any shape.
         found: Those of the other; one batch after the other is looked at.
     """
-    missed: dict[int, float] = {}
+    values = divergences(wanted, found)
+    return float(values.mean()) if len(values) else 0.0
+
+
+def divergences(wanted: Sequence[Sequence[Tensor]], found: Iterable[Sequence[Tensor]]) -> Tensor:
+    """How far outputs are from those that are wanted, in nats; 0 where they agree.
+
+    Of scores (batch, classes) it is the Kullback-Leibler divergence of what their softmax says. Of
+    anything else it is the squared error relative to the variance of what is wanted, which is that
+    of all samples. Several tensors add up. Infinite where they are not of the same shapes.
+
+    Args:
+        wanted: For each batch the tensors of the dense model, of any shape.
+        found: Those of the other; one batch after the other is looked at.
+
+    Returns:
+        (samples,), float64, on the CPU.
+    """
+    missed: dict[int, list[Tensor]] = {}
     for want, have in zip(wanted, found, strict=True):
         if [each.shape for each in want] != [each.shape for each in have]:
-            return math.inf
+            return torch.full((1,), math.inf, dtype=torch.float64)
+        samples = _samples(want)
         for place, (w, f) in enumerate(zip(want, have, strict=True)):
-            missed[place] = missed.get(place, 0.0) + _missed(w.double(), f.double())
-    return sum(value / _unit([want[place] for want in wanted]) for place, value in missed.items())
+            missed.setdefault(place, []).append(_missed(w.double(), f.double(), samples))
+    parts = [
+        torch.cat(values) / _unit([want[place] for want in wanted], sum(map(len, values)))
+        for place, values in missed.items()
+    ]
+    return torch.stack(parts).sum(0) if parts else torch.zeros(0, dtype=torch.float64)
 
 
-def _are_scores(wanted: Tensor) -> bool:
+def _samples(outputs: Sequence[Tensor]) -> int:
+    return next((len(each) for each in outputs if each.ndim), 1)
+
+
+def are_scores(wanted: Tensor) -> bool:
+    """Whether an output, of any shape, is read as scores of classes: (batch, classes)."""
     return wanted.ndim == 2 and wanted.shape[1] > 1
 
 
-def _missed(wanted: Tensor, found: Tensor) -> float:
-    if not _are_scores(wanted):
-        return float((wanted - found).square().sum())
-    target, log = wanted.log_softmax(-1), found.log_softmax(-1)
-    share = target.exp()
-    # What is masked in both, by scores of minus infinity, is no difference.
-    return float(torch.where(share > 0, share * (target - log), 0.0).sum())
+def _missed(wanted: Tensor, found: Tensor, samples: int) -> Tensor:
+    """What is missed of each sample, (samples,), on the CPU."""
+    if are_scores(wanted):
+        target, log = wanted.log_softmax(-1), found.log_softmax(-1)
+        share = target.exp()
+        # What is masked in both, by scores of minus infinity, is no difference.
+        missed = torch.where(share > 0, share * (target - log), 0.0)
+    else:
+        missed = (wanted - found).square()
+    if missed.ndim and len(missed) == samples:
+        return missed.flatten(1).sum(1).cpu() if missed.ndim > 1 else missed.cpu()
+    return (missed.sum() / samples).expand(samples).cpu()
 
 
-def _unit(wanted: Sequence[Tensor]) -> float:
-    """What the misses of all batches are divided by: samples, or the sum of squares."""
-    if all(_are_scores(each) for each in wanted):
-        return float(sum(map(len, wanted)))
+def _unit(wanted: Sequence[Tensor], samples: int) -> float:
+    """What the misses of each sample are divided by: the mean sum of squares, but of scores."""
+    if all(are_scores(each) for each in wanted):
+        return 1.0
     count = sum(each.numel() for each in wanted)
     mean = sum(float(each.double().sum()) for each in wanted) / max(1, count)
-    return sum(float((each.double() - mean).square().sum()) for each in wanted) or 1.0
+    energy = sum(float((each.double() - mean).square().sum()) for each in wanted)
+    return energy / max(1, samples) or 1.0

@@ -152,14 +152,14 @@ def wanted_outputs(
         assert spec is not None
         key = f"{seed}/{name}/{len(found)}/{len(calls)}"
         count = positions(spec, output)
-        places = _drawn(count, share[name], key).to(output.device)
+        places = drawn(count, share[name], key).to(output.device)
         calls.append(Call(count, places, output_rows(spec, output.detach(), places).clone()))
 
     handles = [
         model.get_submodule(layer.name).register_forward_hook(partial(look, layer.name))
         for layer in layers
     ]
-    with _removed(handles):
+    with removed(handles):
         for batch in batches:
             now.clear()
             run_on_data(model, batch)
@@ -204,7 +204,7 @@ def given_rows(
             raise _Enough
 
     handle = model.get_submodule(name).register_forward_pre_hook(look, with_kwargs=True)
-    with _removed([handle]):
+    with removed([handle]):
         for number, batch in enumerate(batches):
             rows.clear()
             if wanted.calls[number]:
@@ -220,7 +220,8 @@ class _Enough(BaseException):
 
 
 @contextmanager
-def _removed(handles: Sequence[Any]) -> Iterator[None]:
+def removed(handles: Sequence[Any]) -> Iterator[None]:
+    """Remove hooks at the end, whatever happens."""
     try:
         yield
     finally:
@@ -228,7 +229,14 @@ def _removed(handles: Sequence[Any]) -> Iterator[None]:
             handle.remove()
 
 
-def _drawn(count: int, most: int, key: str) -> Tensor:
+def drawn(count: int, most: int, key: str) -> Tensor:
+    """About so many of some positions at most, (n,) in order.
+
+    Args:
+        count: How many there are.
+        most: How many are wanted.
+        key: What seeds the choice.
+    """
     generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
     if count <= most:
         return torch.arange(count)

@@ -31,8 +31,11 @@ def compress(
     methods: options.Methods = None,
     set: options.Set = None,
     metric: Annotated[
-        str, typer.Option(help="Approximation error that guides the planner; see tdkit plugins.")
-    ] = defaults.METRIC,
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Error that guides the planner, see tdkit plugins; with data else best of several."
+        ),
+    ] = None,
     penalty: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="What errors add up by: logarithm, squares, itself; else the metric's."),

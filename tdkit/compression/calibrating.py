@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,12 +53,14 @@ class Calibrated:
         uncalibrated: Why BatchNorm stays as it is, where the plan asks for more.
         notes: What the user should know.
         errors: Of the layers that were fitted, see :class:`tdkit.compression.refit.Refitted`.
+        divergence: Over all inputs that it was fitted to; infinite where there are none.
     """
 
     steps: tuple[Step, ...] = ()
     uncalibrated: str | None = None
     notes: tuple[str, ...] = ()
     errors: Mapping[str, float] = field(default_factory=dict)
+    divergence: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -126,11 +128,11 @@ class Calibrating:
         """
         if self.seen is None or not parts:
             return Calibrated(uncalibrated=self.statistics.shift(model), notes=self.notes)
-        plain = _state(model, parts)
+        plain = kept_state(model, parts)
         try:
             return self._fitted(model, parts, self.seen, plain, progress)
         except BaseException:
-            _restore(plain)
+            restore(plain)
             raise
 
     def _fitted(
@@ -138,35 +140,43 @@ class Calibrating:
         model: nn.Module,
         parts: Mapping[str, Part],
         seen: Observed,
-        plain: _State,
+        plain: State,
         progress: Callable[[int, int], None],
     ) -> Calibrated:
         uncalibrated = self.statistics.shift(model)
         name = "BatchNorm" if self.statistics.before else "the factors"
-        before = Step(name, seen.divergence(model))
-        shifted = _state(model, parts)
-        _restore(plain)
+        before = seen.divergences(model)
+        shifted = kept_state(model, parts)
+        restore(plain)
         try:
             found = refit(model, parts, seen, activations=self.effort == "best", progress=progress)
-            why, after = None, seen.divergence(model)
+            why, after = None, seen.divergences(model)
         except UnsupportedError as error:
-            found, why, after = Refitted({}), first_line(error), math.inf
+            found, why, after = Refitted({}), first_line(error), before
         if why is None and not all(map(is_finite, plain)):
             why = "not all numbers would be finite"
-        elif why is None and not after <= before.divergence:
+        elif why is None and after.is_worse(before):
             why = "on inputs held back the outputs were worse with it"
+        first = Step(name, before.held_back)
         if why is not None:
-            _restore(shifted)
+            restore(shifted)
             told = f"the fit of the factors to the data is taken back: {why}"
-            return Calibrated((before,), uncalibrated, (told, *found.notes()))
-        return Calibrated((before, Step("refit", after)), None, found.notes(), found.errors)
+            return Calibrated((first,), uncalibrated, (told, *found.notes()), {}, before.mean)
+        steps = (first, Step("refit", after.held_back))
+        return Calibrated(steps, None, found.notes(), found.errors, after.mean)
 
 
-_State = dict[Tensor, Tensor]
+State = Mapping[Tensor, Tensor]
+"""Copies of tensors of any shape, by the tensors themselves."""
 
 
-def _state(model: nn.Module, parts: Mapping[str, Part]) -> _State:
-    """Copies of all that a fit changes, by the tensors themselves."""
+def kept_state(model: nn.Module, parts: Iterable[str] = ()) -> State:
+    """Copies of all that a fit changes, to put back.
+
+    Args:
+        model: A compressed model.
+        parts: The names of its replaced layers.
+    """
     changed: list[Tensor] = []
     for name in parts:
         changed += model.get_submodule(name).parameters()
@@ -177,7 +187,12 @@ def _state(model: nn.Module, parts: Mapping[str, Part]) -> _State:
     return {tensor: tensor.detach().clone() for tensor in changed}
 
 
-def _restore(state: _State) -> None:
+def restore(state: State) -> None:
+    """Put copies back.
+
+    Args:
+        state: From :func:`kept_state`.
+    """
     with torch.no_grad():
         for tensor, value in state.items():
             tensor.copy_(value)

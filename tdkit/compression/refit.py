@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tdkit.calibration.activations import Rows, fitted_to_activations
-from tdkit.calibration.divergence import divergence, outputs_of
+from tdkit.calibration.divergence import divergences, outputs_of
 from tdkit.calibration.following import Following, following
 from tdkit.calibration.pairs import Pairs, Wanted, given_rows, wanted_outputs
 from tdkit.calibration.regression import regressed
@@ -34,6 +34,12 @@ _WANTED = 2**29
 # A covariance in float64 beyond which a layer's factors stay as they are, in bytes.
 _LARGEST = 2**28
 
+# Samples whose spread tells that of their mean.
+_MANY = 30
+
+# What the dense model returned, in bytes, that is compared beyond what is held back.
+_OUTPUTS = 2**28
+
 # The inputs that are kept of one layer to fit to its activation, in bytes.
 _KEPT = 2**27
 
@@ -46,7 +52,8 @@ class Observed:
         batches: Arguments of forward passes, tensors of any shape.
         held: How many of the last ones are held back, to choose by.
         wanted: What layers return on the batches, in the order of their first call.
-        outputs: What the model returns on those that are held back, tensors of any shape.
+        outputs: What the model returns on the last batches, tensors of any shape: on all of them
+            where that is not too much, on those that are held back at least.
         following: By layer what is done to its output.
         activations: By layer that as a function of rows, for each group.
         seed: Seeds the choice of positions.
@@ -92,20 +99,68 @@ class Observed:
             tuple(batches),
             held,
             wanted,
-            list(outputs_of(model, batches[-held:])),
+            _last_outputs(model, batches, held),
             after,
             {name: each.functions(model, specs[name].groups) for name, each in after.items()},
             seed,
         )
 
-    def divergence(self, model: nn.Module) -> float:
-        """How far a compressed model's outputs are from the dense ones on what is held back."""
-        return divergence(self.outputs, outputs_of(model, self.batches[-self.held :]))
+    def divergences(self, model: nn.Module) -> Divergences:
+        """How far a compressed model's outputs are from the dense ones."""
+        batches = self.batches[-len(self.outputs) :]
+        samples = sum(
+            len(each[0]) if each and each[0].ndim else 1 for each in self.outputs[-self.held :]
+        )
+        return Divergences(divergences(self.outputs, outputs_of(model, batches)), samples)
 
     @property
     def is_comparable(self) -> bool:
         """Whether the model returns any numbers to compare by."""
         return all(bool(outputs) for outputs in self.outputs)
+
+
+def _last_outputs(model: nn.Module, batches: Sequence[Inputs], held: int) -> list[list[Tensor]]:
+    found: list[list[Tensor]] = []
+    size = 0
+    for outputs in outputs_of(model, reversed(batches)):
+        size += sum(each.numel() * each.element_size() for each in outputs)
+        if len(found) >= held and size > _OUTPUTS:
+            break
+        found.append(outputs)
+    return found[::-1]
+
+
+@dataclass(frozen=True, eq=False)
+class Divergences:
+    """How far outputs are from the dense ones.
+
+    Attributes:
+        each: Of every sample that is compared, (samples,); those held back are the last.
+        held: How many those are.
+    """
+
+    each: Tensor
+    held: int
+
+    @property
+    def held_back(self) -> float:
+        """In the mean over what no factor was fitted to."""
+        return float(self.each[-self.held :].mean())
+
+    @property
+    def mean(self) -> float:
+        """Over all."""
+        return float(self.each.mean())
+
+    def is_worse(self, other: Divergences) -> bool:
+        """Whether this is more over all, or on what is held back by more than chance.
+
+        A difference counts beyond twice its standard error; where that is not to be known, since
+        a few samples are held back, any.
+        """
+        gaps = self.each[-self.held :] - other.each[-self.held :]
+        chance = 2 * float(gaps.std()) / math.sqrt(len(gaps)) if len(gaps) >= _MANY else 0.0
+        return not (self.mean <= other.mean and float(gaps.mean()) <= chance)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from tdkit import defaults
+from tdkit.calibration.curvature import curvatures
 from tdkit.calibration.moments import input_moments
 from tdkit.compression.kept import Kept
 from tdkit.costs.base import Cost, change
@@ -37,7 +38,7 @@ from tdkit.errors import (
     option,
 )
 from tdkit.forward.inputs import Inputs
-from tdkit.layers.evidence import MOMENTS, Evidence, Moments
+from tdkit.layers.evidence import COVARIANCE, GRADIENTS, MOMENTS, NO_EVIDENCE, Curvature, Evidence
 from tdkit.layers.inventory import Layer
 from tdkit.layers.traced import TracedModel
 from tdkit.layers.weights import Weights, is_finite
@@ -124,60 +125,81 @@ def score(
         UsageError: If data are needed and there are none, or a metric or cost breaks its law.
         UnsupportedError: If a method fails on a layer, or the model on the data.
     """
-    needing = [*grid.features, *(m for m in grid.metrics if MOMENTS in m.needs)]
-    wanted = moments_wanted(grid.methods, grid.metrics)
+    needing = [*grid.features, *(m for m in grid.metrics if m.needs)]
+    wanted = needs_of(grid.methods, grid.metrics)
     given = [traced.read(batch) for batch in batches] if needing or wanted else []
     if needing and not given:
         names = ", ".join(dict.fromkeys(metric.name for metric in needing))
         need = "needs" if len(needing) == 1 else "need"
         raise UsageError(f"{names} {need} data to look at", f"name some with {option('data')}")
     usable = [layer for layer in traced.layers if layer.reason is None]
-    moments = layer_moments(traced, grid.methods, grid.metrics, usable, given)
-    scored = _scored(traced.weights, usable, grid, moments, progress, kept)
+    known = layer_evidence(traced, grid, usable, given)
+    scored = _scored(traced.weights, usable, grid, known, progress, kept)
     if not grid.features:
         return [candidate for candidate, _ in scored]
     groups = _grouped(scored, _TOGETHER)
-    measured = (_with_features(traced.model, group, given, grid, moments) for group in groups)
+    measured = (_with_features(traced.model, group, given, grid, known) for group in groups)
     return [candidate for group in measured for candidate in group]
 
 
 def looks_at_data(methods: Mapping[str, Decomposition], metrics: Sequence[Metric]) -> bool:
     """Whether any method or metric looks at what the model is given."""
     features = any(metric.target == "features" for metric in metrics)
-    return features or moments_wanted(methods, metrics)
+    return features or bool(needs_of(methods, metrics))
 
 
-def moments_wanted(methods: Mapping[str, Decomposition], metrics: Iterable[Metric]) -> bool:
-    """Whether any method or metric asks for the moments of the layers' inputs."""
+def needs_of(methods: Mapping[str, Decomposition], metrics: Iterable[Metric]) -> frozenset[str]:
+    """What methods and metrics look at beside weights and features."""
     needs = [*(method.needs for method in methods.values()), *(metric.needs for metric in metrics)]
-    return any(MOMENTS in each for each in needs)
+    return frozenset().union(*needs)
 
 
-def layer_moments(
-    traced: TracedModel,
-    methods: Mapping[str, Decomposition],
-    metrics: Sequence[Metric],
-    layers: Sequence[Layer],
-    batches: Sequence[Inputs],
-) -> dict[str, Moments]:
-    """The moments of the inputs of those layers that a method or metric looks at, by name.
+def layer_evidence(
+    traced: TracedModel, grid: Grid, layers: Sequence[Layer], batches: Sequence[Inputs]
+) -> dict[str, Evidence]:
+    """What is known of each layer beside its weight, of what a method or metric looks at.
 
-    They take the square of a layer's inputs each.
+    Moments take the square of a layer's channels each, curvatures that of its patches.
 
     Args:
         traced: The dense model.
-        methods: Decompositions by name.
-        metrics: Whatever else may look at moments.
+        grid: What looks at it, and the seed.
         layers: Layers that are to be decomposed.
-        batches: Model inputs; without any there are no moments.
+        batches: Model inputs; without any there is the seed alone.
+
+    Returns:
+        By the name of a layer. A layer whose curvature a metric looks at and that the batches
+        never reach is left out.
 
     Raises:
         UnsupportedError: If the model does not run on the batches.
     """
-    looking = {name: method for name, method in methods.items() if MOMENTS in method.needs}
-    every = moments_wanted({}, metrics)
-    names = [x.name for x in layers if every or unsupported_by_all(x, looking) is None]
-    return input_moments(traced.model, names, batches) if names and batches else {}
+    by_metrics = needs_of({}, grid.metrics)
+
+    def looked_at(*needs: str) -> list[Layer]:
+        wanted = frozenset(needs)
+        looking = {name: method for name, method in grid.methods.items() if wanted & method.needs}
+        every = wanted & by_metrics
+        return [x for x in layers if every or unsupported_by_all(x, looking) is None]
+
+    names = [layer.name for layer in looked_at(MOMENTS)]
+    moments = input_moments(traced.model, names, batches) if names and batches else {}
+    bent = looked_at(COVARIANCE, GRADIENTS)
+    curved = _curvatures(traced, grid, bent, batches) if bent and batches else {}
+    unknown = {x.name for x in bent} - curved.keys() if by_metrics - {MOMENTS} else ()
+    return {
+        x.name: Evidence(grid.seed, moments.get(x.name), curved.get(x.name))
+        for x in layers
+        if x.name not in unknown
+    }
+
+
+def _curvatures(
+    traced: TracedModel, grid: Grid, layers: Sequence[Layer], batches: Sequence[Inputs]
+) -> dict[str, Curvature]:
+    outputs = GRADIENTS in needs_of(grid.methods, grid.metrics)
+    sample = traced.sample or batches[0]
+    return curvatures(traced.model, layers, batches, sample, grid.seed, outputs=outputs)
 
 
 # A candidate and, where features are to be measured, the module that stands in for its layer.
@@ -188,7 +210,7 @@ def _scored(
     weights: Weights,
     layers: Sequence[Layer],
     grid: Grid,
-    moments: Mapping[str, Moments],
+    known: Mapping[str, Evidence],
     progress: Callable[[int, int], None],
     kept: Kept | None,
 ) -> Iterator[_Scored]:
@@ -196,7 +218,8 @@ def _scored(
     total, done = sum(layer.parameters for layer in layers) * len(grid.methods), 0
     for layer in layers:
         for name in grid.methods:
-            yield from _candidates(layer, weights, name, grid, moments.get(layer.name), kept)
+            if layer.name in known:
+                yield from _candidates(layer, weights, name, grid, known[layer.name], kept)
             done += layer.parameters
             progress(done, total)
 
@@ -206,17 +229,16 @@ def _candidates(
     weights: Weights,
     method: str,
     grid: Grid,
-    moments: Moments | None,
+    evidence: Evidence,
     kept: Kept | None,
 ) -> Iterator[_Scored]:
     with blamed(method, layer):
-        evidence = Evidence(grid.seed, moments)
         ready = prepare(layer, weights, method, grid.methods[method], evidence)
         if ready is None:
             return
         for rank in _ranks(layer, ready, grid, grid.limits.get(method, 1.0)):
             stand_in = factorize(layer, weights, ready, rank) if grid.features else None
-            found = candidate_of(layer, method, ready, rank, grid.metrics, grid.costs, moments)
+            found = candidate_of(layer, method, ready, rank, grid.metrics, grid.costs, evidence)
             yield found, stand_in
         if kept is not None:
             kept.add(layer.name, method, ready)
@@ -275,13 +297,13 @@ def _with_features(
     group: Sequence[_Scored],
     batches: Sequence[Inputs],
     grid: Grid,
-    moments: Mapping[str, Moments],
+    known: Mapping[str, Evidence],
 ) -> Iterator[Candidate]:
     stand_ins: dict[str, list[nn.Module]] = {}
     for candidate, module in group:
         assert module is not None
         stand_ins.setdefault(candidate.layer, []).append(module)
-    measured = feature_errors(model, stand_ins, batches, grid.features, moments, grid.seed)
+    measured = feature_errors(model, stand_ins, batches, grid.features, known)
     rows = {name: iter(errors) for name, errors in measured.items()}
     for candidate, _ in group:
         if candidate.layer in rows:
@@ -310,9 +332,7 @@ def prepare(
     start = zlib.crc32(f"{evidence.seed}/{layer.name}/{method_name}".encode())
     # A copy, so that a method that works in place spoils nothing but its own.
     weight = weights.weight(layer.name).detach().clone()
-    # Not more than it asks for, so that it makes the same factors when a plan is applied.
-    moments = evidence.moments if MOMENTS in method.needs else None
-    return prepared(method, layer.spec, weight, Evidence(start, moments))
+    return prepared(method, layer.spec, weight, replace(evidence, seed=start))
 
 
 def unsupported_by_all(layer: Layer, methods: Mapping[str, Decomposition]) -> str | None:
@@ -353,7 +373,7 @@ def candidate_of(
     rank: Rank,
     metrics: Sequence[Metric],
     costs: Sequence[Cost] = (PARAMS, MACS),
-    moments: Moments | None = None,
+    evidence: Evidence = NO_EVIDENCE,
 ) -> Candidate:
     """What a layer costs at a rank, and its errors by those of the metrics that need no features.
 
@@ -367,7 +387,7 @@ def candidate_of(
         rank: The method's rank.
         metrics: The errors to compute, of those that look at weights.
         costs: What to count.
-        moments: Of the layer's inputs, (channels,) and (channels, channels), for metrics.
+        evidence: What else is known of the layer, for metrics.
 
     Raises:
         UsageError: If the rank does not fit the layer, or a metric or cost breaks its law.
@@ -375,7 +395,7 @@ def candidate_of(
     assert layer.spec is not None
     stages = prepared.stages(rank)
     bias = layer.spec.out_channels if layer.spec.bias else 0
-    difference = weight_difference(prepared, rank, moments)
+    difference = weight_difference(prepared, rank, evidence)
     return Candidate(
         layer=layer.name,
         method=method,
@@ -391,18 +411,20 @@ def _error(metric: Metric, difference: Difference) -> float:
     return metric.check(error) if math.isfinite(difference.error) else error
 
 
-def weight_difference(prepared: Prepared, rank: Rank, moments: Moments | None = None) -> Difference:
+def weight_difference(
+    prepared: Prepared, rank: Rank, evidence: Evidence = NO_EVIDENCE
+) -> Difference:
     """A layer's weight and what its factors amount to, as a metric sees them.
 
     Args:
         prepared: The layer, prepared under a method.
         rank: The method's rank.
-        moments: Of the layer's inputs, (channels,) and (channels, channels), where known.
+        evidence: What else is known of the layer; the seed is the method's.
     """
     return Difference(
         error=prepared.error(rank),
         norm=prepared.norm,
         size=prepared.layer.weight_parameters,
-        evidence=Evidence(prepared.seed, moments),
+        evidence=replace(evidence, seed=prepared.seed),
         tensors=lambda: (prepared.dense(), prepared.reconstruct(rank)),
     )

@@ -92,6 +92,12 @@ class Surgery:
             replace_layer(self._traced.model, layer, dense)
         self._replaced.clear()
 
+    def take_off(self) -> dict[Layer, nn.Module]:
+        """Undo all, and give what stood in for the layers."""
+        modules = {layer: self._traced.model.get_submodule(layer.name) for layer in self._replaced}
+        self.undo()
+        return modules
+
     def _let_go(self) -> None:
         """Give those dense weights their data back that somebody holds, such as an optimizer."""
         held = [

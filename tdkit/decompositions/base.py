@@ -12,7 +12,6 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cached_property, lru_cache, reduce
 from typing import Any, ClassVar
 
@@ -47,7 +46,8 @@ class Decomposition(ABC):
         grouped: Whether grouped layers can be decomposed group by group. Not where a stage cannot
             be put side by side, as those that move entries cannot.
         needs: What it wants of the :class:`~tdkit.layers.evidence.Evidence` beside the seed:
-            ``moments`` or nothing. It must do without where there is none.
+            one of :data:`~tdkit.layers.evidence.NEEDS`, or nothing. It must do without where there
+            is none.
     """
 
     random: bool = False
@@ -315,9 +315,8 @@ def prepared(
         old: Any = method.prepare
         result: Prepared = old(layer, weight, seed=evidence.seed)
         return result
-    if "moments" not in method.needs:
-        evidence = replace(evidence, moments=None)
-    return method.prepare(layer, weight, evidence)
+    # Not more than it asks for, so that it makes the same factors when a plan is applied.
+    return method.prepare(layer, weight, evidence.asked(method.needs))
 
 
 @lru_cache

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tdkit.decompositions.base import Decomposition, Prepared, Rank, prepared
 from tdkit.decompositions.fitting import fitted_factors, metric_norm
-from tdkit.layers.evidence import NO_EVIDENCE, Evidence
+from tdkit.layers.evidence import COVARIANCE, NO_EVIDENCE, Evidence, as_evidence
 from tdkit.layers.impulses import join_groups, split_groups
 from tdkit.layers.spec import LayerSpec
 from tdkit.layers.stages import Stage
@@ -43,6 +43,7 @@ class Whitened(Prepared):
             group, or those times the places of the kernel, as
             :func:`tdkit.layers.patches.input_rows` has them; float64.
         evidence: The seed of the method.
+        steps: Of L-BFGS, for the factors of every rank that is read.
 
     Raises:
         UnsupportedError: As :class:`Prepared`.
@@ -55,18 +56,19 @@ class Whitened(Prepared):
         weight: Tensor,
         covariance: Tensor,
         evidence: Evidence = NO_EVIDENCE,
+        steps: int = 0,
     ) -> None:
         super().__init__(method, layer, weight, evidence)
         self.covariance = covariance
         self._whitening = _Whitening.of(method, self.group, covariance)
         whitened = join_groups(self._whitening.forward(self.weight), layer)
         self._inner = prepared(method, layer, whitened, evidence)
-        self._is_fitted = False
+        self._steps = steps
 
     @property
     def norm(self) -> float:
         """The norm of what the layer makes of its inputs, less its mean."""
-        if self._is_fitted:
+        if self._steps:
             return self.scale * metric_norm(self.weight, self.covariance)
         return self.scale * self._inner.norm
 
@@ -76,14 +78,15 @@ class Whitened(Prepared):
 
     def unit_error(self, rank: Rank) -> float:
         """The norm of what the factors miss of the output, for the scaled weight."""
-        if self._is_fitted:
+        if self._steps:
             missed = self.weight - self._unit_reconstruction(rank)
             return metric_norm(missed, self.covariance)
         return self._inner.error(rank)
 
     def group_factors(self, rank: Rank) -> list[Sequence[Tensor]]:
         """Those of the whitened weight, (out, in, *kernel) each, with the inverse in the first."""
-        return self._folded(rank, self._inner.group_factors(rank))
+        starts = self._inner.group_factors(rank)
+        return self._folded(rank, self._fitted(rank, starts) if self._steps else starts)
 
     def refined(self, rank: Rank, steps: int = 40) -> Whitened:
         """All factors fitted to the exact metric together; it was averaged over the kernel before.
@@ -92,18 +95,18 @@ class Whitened(Prepared):
             rank: A rank that fits the layer.
             steps: Of L-BFGS, at most.
         """
+        result = copy.copy(self)
+        result._steps, result._latest = steps, None
+        return result
+
+    def _fitted(self, rank: Rank, starts: Sequence[Sequence[Tensor]]) -> list[Sequence[Tensor]]:
         stages = self.method.stages(self.group, rank)
         target = self._whitening.forward(self.weight) / self._inner.scale
         metric = self._whitening.metric(self.covariance)
-        starts = self._inner.group_factors(rank)
-        found = [
-            fitted_factors(stages, start, target[g], metric[g], self.group, steps)
+        return [
+            fitted_factors(stages, start, target[g], metric[g], self.group, self._steps)
             for g, start in enumerate(starts)
         ]
-        result = copy.copy(self)
-        result._is_fitted = True
-        result._latest = (rank, self._folded(rank, found))
-        return result
 
     def _folded(self, rank: Rank, groups: Sequence[Sequence[Tensor]]) -> list[Sequence[Tensor]]:
         first = self.method.stages(self.group, rank)[0]
@@ -111,6 +114,60 @@ class Whitened(Prepared):
             self._whitening.back(group, first, factors, self._inner.scale)
             for group, factors in enumerate(groups)
         ]
+
+
+class DataAware(Decomposition):
+    """A method that decomposes in the metric of a layer's inputs, where that is known.
+
+    Args:
+        method: The decomposition.
+        steps: Of L-BFGS, for the factors of every rank that is read.
+    """
+
+    needs = frozenset({COVARIANCE})
+
+    def __init__(self, method: Decomposition, steps: int) -> None:
+        self.method = method
+        self.steps = steps
+        self.random, self.grouped = method.random, method.grouped
+
+    def supports(self, layer: LayerSpec) -> str | None:
+        """As the method."""
+        return self.method.supports(layer)
+
+    def rank(self, layer: LayerSpec, keep: float) -> Rank:
+        """As the method."""
+        return self.method.rank(layer, keep)
+
+    def max_rank(self, layer: LayerSpec) -> Rank:
+        """As the method."""
+        return self.method.max_rank(layer)
+
+    def ladder(self, layer: LayerSpec) -> Sequence[Rank]:
+        """As the method."""
+        return self.method.ladder(layer)
+
+    def check_rank(self, layer: LayerSpec, rank: Rank) -> None:
+        """As the method.
+
+        Raises:
+            UsageError: If the rank does not fit.
+        """
+        self.method.check_rank(layer, rank)
+
+    def stages(self, layer: LayerSpec, rank: Rank) -> Sequence[Stage]:
+        """As the method."""
+        return self.method.stages(layer, rank)
+
+    def prepare(
+        self, layer: LayerSpec, weight: Tensor, evidence: Evidence | int = NO_EVIDENCE
+    ) -> Prepared:
+        """In the metric of the evidence's curvature; without that, as the method."""
+        known = as_evidence(evidence)
+        if known.curvature is None:
+            return prepared(self.method, layer, weight, known)
+        metric = known.curvature.inputs
+        return Whitened(self.method, layer, weight, metric, Evidence(known.seed), self.steps)
 
 
 def whitened_axes(method: Decomposition, group: LayerSpec) -> tuple[int, ...] | None:

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdkit import defaults
 from tdkit.errors import UnsupportedError, first_line
 from tdkit.forward.inputs import Inputs
 from tdkit.forward.trial import trial
-from tdkit.layers.evidence import NO_EVIDENCE, Evidence, Moments
+from tdkit.layers.evidence import NO_EVIDENCE, Evidence
 from tdkit.metrics.base import Difference, Metric, absolute, relative, scaled
 
 RELATIVE = Metric("relative-features", "features", relative)
@@ -32,8 +31,7 @@ def feature_errors(
     stand_ins: Mapping[str, Sequence[nn.Module]],
     batches: Iterable[Any],
     metrics: Sequence[Metric],
-    moments: Mapping[str, Moments] = MappingProxyType({}),
-    seed: int = defaults.SEED,
+    evidence: Mapping[str, Evidence] = MappingProxyType({}),
 ) -> dict[str, list[dict[str, float]]]:
     """Mean over samples of each metric on the outputs of layers, in one pass over the data.
 
@@ -45,8 +43,7 @@ def feature_errors(
         stand_ins: By the name of a layer, the modules to compare with it.
         batches: Model inputs: a tensor (batch, ...), or several, however nested.
         metrics: Feature metrics.
-        moments: Of the inputs of layers, by name, for metrics that look at them.
-        seed: Of the evidence that metrics see.
+        evidence: What else is known of layers, by name, for metrics that look at it.
 
     Returns:
         By the name of a layer, for each of its stand-ins the error of every metric. A layer that
@@ -58,7 +55,7 @@ def feature_errors(
         NotFiniteError: If a layer's features are not finite, whatever stands in for it.
     """
     watched = {
-        name: Watched(name, modules, metrics, Evidence(seed, moments.get(name)))
+        name: Watched(name, modules, metrics, evidence.get(name, NO_EVIDENCE))
         for name, modules in stand_ins.items()
     }
     handles = [

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tdkit.layers.evidence import MOMENTS, Evidence, Moments
+from tdkit.layers.evidence import NEEDS, Curvature, Evidence, Moments
+from tdkit.layers.spec import LayerSpec
 from tdkit.metrics.base import PENALTIES, Difference, Metric
 from tdkit.pytest_plugin import CASES
 
@@ -44,7 +45,7 @@ class MetricLaws:
         def laws(seed: int, shape: tuple[int, ...], scale: float) -> None:
             generator = torch.Generator().manual_seed(seed)
             original, direction = torch.randn(2, *shape, generator=generator).double() * scale
-            check_metric(self.metric, original, direction, _evidence(self.metric, shape[1], seed))
+            check_metric(self.metric, original, direction, _evidence(self.metric, shape, seed))
 
         laws()
 
@@ -65,7 +66,7 @@ def check_metric(
     """
     assert metric.penalty in PENALTIES
     assert metric.target in ("weights", "features")
-    assert metric.needs <= {MOMENTS}, "it needs what nobody has"
+    assert metric.needs <= NEEDS, "it needs what nobody has"
     length = float(direction.norm()) or 1.0
     unit = direction * (float(original.norm()) / length)
     errors = [_error(metric, original, original + step * unit, evidence) for step in _STEPS]
@@ -101,8 +102,16 @@ def _both(original: Tensor, approximation: Tensor) -> tuple[Tensor, Tensor]:
     return original, approximation
 
 
-def _evidence(metric: Metric, channels: int, seed: int) -> Evidence:
-    if MOMENTS not in metric.needs:
-        return Evidence(seed)
-    rows = torch.randn(20, channels, generator=torch.Generator().manual_seed(seed)).double()
-    return Evidence(seed, Moments(len(rows), rows.mean(0), rows.mT @ rows / len(rows)))
+def _evidence(metric: Metric, shape: tuple[int, ...], seed: int) -> Evidence:
+    generator = torch.Generator().manual_seed(seed)
+
+    def rows(width: int) -> Tensor:
+        return torch.randn(3 * width, width, generator=generator).double()
+
+    inputs, channels = rows(math.prod(shape[1:])), rows(shape[1])
+    gradients = rows(shape[0])
+    kind = "Linear" if len(shape) == 2 else f"Conv{len(shape) - 2}d"
+    layer = LayerSpec(kind, shape[1], shape[0], kernel_size=shape[2:])
+    curvature = Curvature(layer, (inputs.mT @ inputs)[None], (gradients.mT @ gradients)[None])
+    moments = Moments(len(channels), channels.mean(0), channels.mT @ channels / len(channels))
+    return Evidence(seed, moments, curvature).asked(metric.needs)

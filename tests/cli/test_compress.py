@@ -21,6 +21,7 @@ from torchvision.transforms.functional import to_pil_image
 
 import tdkit as library
 from tdkit.compression import compress as compress_module
+from tdkit.compression.applying import Compressed
 from tdkit.registry import load_registry
 from tdkit.training.loop import evaluate
 
@@ -427,7 +428,7 @@ def test_what_can_be_told_before_the_work_is(
 
 
 def test_a_file_that_another_run_wrote_meanwhile_is_kept(tdkit, toy, tmp_path, monkeypatch) -> None:
-    def compress(*args: Any, **options: Any) -> compress_module.Compressed:
+    def compress(*args: Any, **options: Any) -> Compressed:
         (tmp_path / "small.pt").write_text("the other run's")
         return really_compress(*args, **options)
 

@@ -17,12 +17,8 @@ from torch.nn.utils import parametrizations
 from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer
 
-from tdkit.compression.compress import (
-    Compressed,
-    Goal,
-    apply_plan,
-    compress_model,
-)
+from tdkit.compression.applying import Compressed, apply_plan
+from tdkit.compression.compress import Goal, compress_model
 from tdkit.compression.plan import Move, Plan
 from tdkit.compression.scoring import Grid
 from tdkit.compression.verification import dense_weight

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tdkit.compression import scoring
-from tdkit.compression.compress import Goal, apply_plan, compress_model
+from tdkit.compression.applying import apply_plan
+from tdkit.compression.compress import Goal, compress_model
 from tdkit.compression.plan import Move, Plan
 from tdkit.compression.scoring import Grid, score
 from tdkit.decompositions.base import Prepared

@@ -8,7 +8,7 @@ from small_cnn import SHAPE, network, same
 from torch import nn
 
 import tdkit
-from tdkit.compression import compress, kept, scoring
+from tdkit.compression import applying, kept, scoring
 from tdkit.compression.kept import Kept
 from tdkit.decompositions.svd import Svd
 from tdkit.layers.spec import spec_of
@@ -54,7 +54,7 @@ def test_a_layer_is_decomposed_once_where_there_is_room(monkeypatch, plenty) -> 
         return prepare(layer, weights, name, *rest)
 
     monkeypatch.setattr(scoring, "prepare", counted)
-    monkeypatch.setattr(compress, "prepare", counted)
+    monkeypatch.setattr(applying, "prepare", counted)
     monkeypatch.setattr(kept, "_SHARE", 1e-9 if plenty else 1e9)
     done = tdkit.compress(network(), 0.5, measure=False, **OPTIONS)
     moves = [(move.layer, move.method) for move in done.plan.moves]

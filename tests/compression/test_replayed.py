@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tdkit.compression.compress import Compressed, Goal, apply_plan, compress_model
+from tdkit.compression.applying import Compressed, apply_plan
+from tdkit.compression.compress import Goal, compress_model
 from tdkit.compression.plan import Plan
 from tdkit.compression.scoring import Grid
 from tdkit.layers.traced import TracedModel

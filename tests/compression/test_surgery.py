@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tdkit.calibration import batchnorm
-from tdkit.compression import calibrating, compress, surgery
-from tdkit.compression.compress import Compressed, Goal, apply_plan, compress_model
+from tdkit.compression import applying, calibrating, surgery
+from tdkit.compression.applying import Applying, Compressed, apply_plan
+from tdkit.compression.compress import Goal, compress_model
 from tdkit.compression.plan import Move, Plan
 from tdkit.compression.scoring import Grid
 from tdkit.compression.surgery import Surgery
@@ -73,8 +74,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every layer is verified on its own."""
-    monkeypatch.setattr(compress, "_BLOCK_BYTES", 1)
-    monkeypatch.setattr(compress, "_BLOCK_SHARE", 10**9)
+    monkeypatch.setattr(applying, "_BLOCK_BYTES", 1)
+    monkeypatch.setattr(applying, "_BLOCK_SHARE", 10**9)
 
 
 GRID, GOAL = Grid({"svd": Svd()}, [RELATIVE], (0.2, 0.4)), Goal(0.75)
@@ -133,13 +134,13 @@ def late(function: Callable[..., Any], calls: int, error: BaseException) -> Call
 
 # By name: where the fault is, how many calls go well, and how often that is called.
 FAULTS: dict[str, tuple[Any, str, int]] = {
-    "factorizing": (compress, "factorize", 2),
-    "verifying the first": (compress, "verify", 0),
-    "verifying the last": (compress, "verify", 2),
+    "factorizing": (applying, "factorize", 2),
+    "verifying the first": (applying, "verify", 0),
+    "verifying the last": (applying, "verify", 2),
     "replacing": (surgery, "replace_layer", 2),
     "calibrating": (calibrating, "shift_statistics", 0),
     "calibrating the second layer": (batchnorm, "_shift", 1),
-    "counting": (compress, "_after", 1),
+    "counting": (applying, "_after", 1),
 }
 
 
@@ -235,7 +236,8 @@ def test_all_or_nothing(inplace: bool) -> None:
     dense = reads()
     before = snapshot(dense)
     traced = TracedModel.of(dense, images(), inplace=inplace)
-    result = apply_plan(traced, PLAN, GRID.methods, all_or_nothing=True)
+    with Surgery(traced) as work:
+        result = Applying(traced, GRID.methods).of(PLAN, work, all_or_nothing=True)
     assert list(result.put_back) == ["second"]
     after = snapshot(result.model)
     assert all(torch.equal(after["state"][key], v) for key, v in before["state"].items())
@@ -310,7 +312,8 @@ def test_memory_is_free_meanwhile_and_who_holds_a_layer_has_it_afterwards() -> N
 def test_what_is_put_back_is_the_same_object(inplace: bool) -> None:
     traced = TracedModel.of(reads(), images(), inplace=inplace)
     before = dict(traced.model.named_parameters())
-    result = apply_plan(traced, PLAN, GRID.methods, all_or_nothing=True)
+    with Surgery(traced) as work:
+        result = Applying(traced, GRID.methods).of(PLAN, work, all_or_nothing=True)
     after = dict(result.model.named_parameters())
     assert all(after[name] is parameter for name, parameter in before.items())
 

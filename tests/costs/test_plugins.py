@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tdkit.compression.compress import Compressed, Goal, apply_plan, compress_model
+from tdkit.compression.applying import Compressed, apply_plan
+from tdkit.compression.compress import Goal, compress_model
 from tdkit.compression.plan import Plan
 from tdkit.compression.scoring import Grid, score
 from tdkit.costs.base import Change, Cost, total_cost

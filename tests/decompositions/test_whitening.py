@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from tdkit.decompositions.base import Decomposition, Prepared, prepared, unsupported
 from tdkit.decompositions.fitting import metric_norm
 from tdkit.decompositions.svd import Svd
-from tdkit.decompositions.whitening import Whitened, whitened_axes
-from tdkit.layers.evidence import Evidence
+from tdkit.decompositions.whitening import DataAware, Whitened, whitened_axes
+from tdkit.layers.evidence import Curvature, Evidence
 from tdkit.layers.impulses import split_groups
 from tdkit.layers.spec import LayerSpec, spec_of
 from tdkit.registry import load_registry, resolve_methods
@@ -128,3 +128,22 @@ def test_what_a_first_stage_sees_is_whitened() -> None:
     assert (seen["svd"], seen["tucker"], seen["cp"], seen["tt"]) == ((0, 1), (), (), ())
     assert seen["spatial-svd"] == (0,)
     assert whitened_axes(METHODS["kronecker"], conv) is None
+
+
+@pytest.mark.parametrize(("method", "name"), CASES)
+def test_scored_in_the_metric_of_the_inputs_its_errors_are_those_of_its_factors(
+    method: str, name: str
+) -> None:
+    spec, weight = layer(name)
+    known = Evidence(0, curvature=Curvature(spec, covariance(spec)))
+    ready, fitted = (
+        prepared(DataAware(METHODS[method], steps), spec, weight, known) for steps in (0, 5)
+    )
+    rank = ready.rank(0.4)
+    assert fitted.rank(0.4) == rank
+    assert fitted.error(rank) == pytest.approx(missed(fitted, rank, spec, covariance(spec)))
+    assert missed(fitted, rank, spec, covariance(spec)) <= missed(
+        ready, rank, spec, covariance(spec)
+    ) * (1 + 1e-9)
+    blind = prepared(DataAware(METHODS[method], 5), spec, weight, Evidence(0))
+    assert blind.error(rank) == prepared(METHODS[method], spec, weight, Evidence(0)).error(rank)

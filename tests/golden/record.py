@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdkit.compression.compress import Goal, apply_plan, make_plan
+from tdkit.compression.applying import apply_plan
+from tdkit.compression.compress import Goal, make_plan
 from tdkit.compression.scoring import Grid, score
 from tdkit.compression.verification import dense_weight
 from tdkit.costs.base import total_cost

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from tdkit.checkpoint import load_into, load_model, save_model
-from tdkit.compression.compress import Compressed, Goal, compress_model
+from tdkit.compression.applying import Compressed
+from tdkit.compression.compress import Goal, compress_model
 from tdkit.compression.scoring import Grid
 from tdkit.decompositions.base import Decomposition
 from tdkit.layers.inventory import find_layers

@@ -1,0 +1,61 @@
+"""Scored candidates, and the metrics that choose among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tdkit.compression.scoring import Grid, score
+from tdkit.decompositions.whitening import DataAware
+from tdkit.layers.traced import TracedModel
+from tdkit.metrics.base import Metric
+from tdkit.metrics.curvature import GAUSS_NEWTON, WHITENED
+from tdkit.planners.candidate import Candidate
+
+# Fractions of a layer that are scored with fitted factors, and the steps of the fit.
+_KEEPS = (0.02, 0.03, 0.045, 0.06, 0.08, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7)
+_STEPS = 10
+
+
+@dataclass(frozen=True, eq=False)
+class Draft:
+    """What a plan can be made of.
+
+    Attributes:
+        metric: The error whose penalties, summed over layers, are kept small.
+        candidates: What there is to choose from.
+    """
+
+    metric: Metric
+    candidates: Sequence[Candidate]
+
+
+def drafts_from_data(
+    traced: TracedModel,
+    grid: Grid,
+    effort: str,
+    batches: Sequence[Any],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Draft]:
+    """The same candidates as they are once their factors are fitted to data, by what these say.
+
+    Args:
+        traced: The dense model.
+        grid: The methods, and what else is scored.
+        effort: One of :data:`tdkit.defaults.EFFORTS`; ``best`` looks at the model's output, too.
+        batches: Model inputs, tensors of any shape.
+        progress: See :func:`tdkit.compression.scoring.score`.
+
+    Raises:
+        UnsupportedError: If a method fails on a layer, or the model on the data.
+    """
+    metrics = [WHITENED, GAUSS_NEWTON] if effort == "best" else [WHITENED]
+    fitted = replace(
+        grid,
+        methods={name: DataAware(method, _STEPS) for name, method in grid.methods.items()},
+        metrics=metrics,
+        keeps=[keep for keep in grid.keeps if keep in _KEEPS] or grid.keeps,
+    )
+    candidates = score(traced, fitted, batches=batches, progress=progress)
+    return [Draft(metric, candidates) for metric in metrics]
