@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -180,22 +180,31 @@ class _Job:
         first, *others = drafts
         if not others:
             return self.built(first, surgery)
-        plain, best = kept_state(model), None
-        seen: list[Plan] = []
-        for draft in drafts:
-            plan = self.plan(draft, {})
-            if any(plan.moves == other.moves for other in seen):
-                continue
-            seen.append(plan)
+        plain = kept_state(model)
+        found = []
+        for draft in self._apart(drafts):
             result = self.built(draft, surgery)
-            found = _Built(result, kept_state(model), surgery.take_off())
+            found.append(_Built(result, kept_state(model), surgery.take_off()))
             restore(plain)
-            best = found if best is None or found.is_better(best) else best
-        assert best is not None
+        best = min(found, key=lambda each: each.result.divergence)
         for layer, module in best.modules.items():
             surgery.replace(layer, module)
         restore(best.norms)
-        return replace(best.result, compared=len(seen))
+        return replace(best.result, compared=len(found))
+
+    def _apart(self, drafts: Sequence[Draft]) -> Iterator[Draft]:
+        """Those that lead to different plans. The first one alone must reach the budget."""
+        seen: list[frozenset[Move]] = []
+        for number, draft in enumerate(drafts):
+            try:
+                moves = frozenset(self.plan(draft, {}).moves)
+            except UsageError:
+                if not number:
+                    raise
+                continue
+            if moves not in seen:
+                seen.append(moves)
+                yield draft
 
     def built(self, draft: Draft, surgery: Surgery) -> Compressed:
         """The model of a draft, planned around what breaks it."""
@@ -226,9 +235,6 @@ class _Built:
     result: Compressed
     norms: State
     modules: Mapping[Layer, nn.Module]
-
-    def is_better(self, other: _Built) -> bool:
-        return self.result.divergence < other.result.divergence
 
 
 def refuse_closed(layers: Sequence[Layer]) -> None:

@@ -9,13 +9,16 @@ from typing import Any
 from tdkit.compression.scoring import Grid, score
 from tdkit.decompositions.whitening import DataAware
 from tdkit.layers.traced import TracedModel
-from tdkit.metrics.base import Metric
+from tdkit.metrics.base import Metric, relative
 from tdkit.metrics.curvature import GAUSS_NEWTON, WHITENED
 from tdkit.planners.candidate import Candidate
 
+# Errors and norms are in the metric of the inputs already.
+_IN_METRIC = replace(WHITENED, compare=None, value=relative)
+
 # Fractions of a layer that are scored with fitted factors, and the steps of the fit.
 _KEEPS = (0.02, 0.03, 0.045, 0.06, 0.08, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7)
-_STEPS = 10
+_STEPS = 5
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +53,7 @@ def drafts_from_data(
     Raises:
         UnsupportedError: If a method fails on a layer, or the model on the data.
     """
-    metrics = [WHITENED, GAUSS_NEWTON] if effort == "best" else [WHITENED]
+    metrics = [_IN_METRIC, GAUSS_NEWTON] if effort == "best" else [_IN_METRIC]
     fitted = replace(
         grid,
         methods={name: DataAware(method, _STEPS) for name, method in grid.methods.items()},

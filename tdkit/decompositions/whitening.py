@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
-from tdkit.decompositions.base import Decomposition, Prepared, Rank, prepared
+from tdkit.decompositions.base import Decomposition, Prepared, Rank, compose, prepared
 from tdkit.decompositions.fitting import fitted_factors, metric_norm
 from tdkit.layers.evidence import COVARIANCE, NO_EVIDENCE, Evidence, as_evidence
 from tdkit.layers.impulses import join_groups, split_groups
@@ -27,6 +27,54 @@ from tdkit.layers.stages import Stage
 
 # Of the mean variance, added to all where the covariance alone has no Cholesky factor.
 _RIDGES = (0.0, 1e-9, 1e-6, 1e-3)
+
+# The width from which on products are in float32: what is fitted is compared in float64 at the end.
+_WIDE = 256
+
+REFINING = 40
+"""Steps of L-BFGS on the factors that are taken. From so many on, what rounding makes worse than it
+was is not taken; of fewer, for scoring, it does not matter."""
+
+
+class Covariance:
+    """What a layer is given, and whatever of that methods need, made once for all of them.
+
+    Args:
+        values: The covariance of the inputs of each group: (groups, d, d), d being the input
+            channels of a group, or those times the places of the kernel, as
+            :func:`tdkit.layers.patches.input_rows` has them; float64.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self._whitenings: dict[tuple[int, ...] | None, _Whitening] = {}
+        self._whitened: dict[tuple[int, ...] | None, Tensor | None] = {}
+
+    def whitening(self, method: Decomposition, group: LayerSpec) -> _Whitening:
+        """How weights are whitened for a method.
+
+        Args:
+            method: The decomposition.
+            group: One group of the layer.
+        """
+        axes = whitened_axes(method, group)
+        if axes not in self._whitenings:
+            self._whitenings[axes] = _Whitening.of(axes, group, self.values)
+        return self._whitenings[axes]
+
+    def whitened(self, method: Decomposition, group: LayerSpec) -> Tensor | None:
+        """The covariance (groups, d, d) of whitened inputs; None where that is the unit matrix.
+
+        Args:
+            method: The decomposition.
+            group: One group of the layer.
+        """
+        axes, whitening = whitened_axes(method, group), self.whitening(method, group)
+        if axes not in self._whitened:
+            dtype = torch.float32 if self.values.shape[-1] > _WIDE else torch.float64
+            found = None if whitening.is_whole(self.values) else whitening.metric(self.values)
+            self._whitened[axes] = None if found is None else found.to(dtype)
+        return self._whitened[axes]
 
 
 class Whitened(Prepared):
@@ -39,9 +87,8 @@ class Whitened(Prepared):
         method: The decomposition.
         layer: The whole layer.
         weight: Its weight in torch's layout, (out, in/groups, *kernel) but for transposed layers.
-        covariance: Of its inputs, of each group: (groups, d, d), d being the input channels of a
-            group, or those times the places of the kernel, as
-            :func:`tdkit.layers.patches.input_rows` has them; float64.
+        covariance: Of its inputs; a tensor as :class:`Covariance` takes it where no other method
+            and no other weight shares it.
         evidence: The seed of the method.
         steps: Of L-BFGS, for the factors of every rank that is read.
 
@@ -54,23 +101,29 @@ class Whitened(Prepared):
         method: Decomposition,
         layer: LayerSpec,
         weight: Tensor,
-        covariance: Tensor,
+        covariance: Tensor | Covariance,
         evidence: Evidence = NO_EVIDENCE,
         steps: int = 0,
     ) -> None:
         super().__init__(method, layer, weight, evidence)
-        self.covariance = covariance
-        self._whitening = _Whitening.of(method, self.group, covariance)
+        if isinstance(covariance, Tensor):
+            covariance = Covariance(covariance)
+        self._shared: Covariance = covariance
+        self.covariance: Tensor = covariance.values
+        self._whitening = covariance.whitening(method, self.group)
         whitened = join_groups(self._whitening.forward(self.weight), layer)
         self._inner = prepared(method, layer, whitened, evidence)
         self._steps = steps
+        self._missed: tuple[Rank, float] | None = None
 
     @property
     def norm(self) -> float:
         """The norm of what the layer makes of its inputs, less its mean."""
-        if self._steps:
-            return self.scale * metric_norm(self.weight, self.covariance)
-        return self.scale * self._inner.norm
+        return self.scale * (self._exact_norm if self._steps else self._inner.norm)
+
+    @cached_property
+    def _exact_norm(self) -> float:
+        return metric_norm(self.weight, self.covariance)
 
     def best_rank(self, parameters: int) -> Rank:
         """The rank of least error in this metric, see :meth:`Prepared.best_rank`."""
@@ -78,17 +131,20 @@ class Whitened(Prepared):
 
     def unit_error(self, rank: Rank) -> float:
         """The norm of what the factors miss of the output, for the scaled weight."""
-        if self._steps:
+        if not self._steps:
+            return self._inner.error(rank)
+        self._factors(rank)
+        if self._missed is None or self._missed[0] != rank:
             missed = self.weight - self._unit_reconstruction(rank)
-            return metric_norm(missed, self.covariance)
-        return self._inner.error(rank)
+            self._missed = rank, metric_norm(missed, self.covariance)
+        return self._missed[1]
 
     def group_factors(self, rank: Rank) -> list[Sequence[Tensor]]:
         """Those of the whitened weight, (out, in, *kernel) each, with the inverse in the first."""
-        starts = self._inner.group_factors(rank)
-        return self._folded(rank, self._fitted(rank, starts) if self._steps else starts)
+        starts = self._inner._factors(rank)
+        return self._fitted(rank, starts) if self._steps else self._folded(rank, starts)
 
-    def refined(self, rank: Rank, steps: int = 40) -> Whitened:
+    def refined(self, rank: Rank, steps: int = REFINING) -> Whitened:
         """All factors fitted to the exact metric together; it was averaged over the kernel before.
 
         Args:
@@ -96,17 +152,37 @@ class Whitened(Prepared):
             steps: Of L-BFGS, at most.
         """
         result = copy.copy(self)
-        result._steps, result._latest = steps, None
+        result._steps, result._latest, result._missed = steps, None, None
         return result
 
     def _fitted(self, rank: Rank, starts: Sequence[Sequence[Tensor]]) -> list[Sequence[Tensor]]:
         stages = self.method.stages(self.group, rank)
-        target = self._whitening.forward(self.weight) / self._inner.scale
-        metric = self._whitening.metric(self.covariance)
-        return [
-            fitted_factors(stages, start, target[g], metric[g], self.group, self._steps)
-            for g, start in enumerate(starts)
+        metric = self._shared.whitened(self.method, self.group)
+        found = [
+            fitted_factors(
+                stages,
+                start,
+                self._inner.weight[group],
+                None if metric is None else metric[group],
+                self.group,
+                self._steps,
+            )
+            for group, start in enumerate(starts)
         ]
+        ends = [found] if self._steps < REFINING else [starts, found]
+        several = zip(*(self._folded(rank, each) for each in ends), strict=True)
+        best = [self._better(stages, group, each) for group, each in enumerate(several)]
+        self._missed = rank, math.hypot(*(missed for missed, _ in best))
+        return [factors for _, factors in best]
+
+    def _better(
+        self, stages: Sequence[Stage], group: int, several: Iterable[Sequence[Tensor]]
+    ) -> tuple[float, Sequence[Tensor]]:
+        """The factors that miss least of one group's output, and how much; the first of equals."""
+        part, metric = self.weight[group], self.covariance[group : group + 1]
+        missed = ((part - compose(stages, each, self.group), each) for each in several)
+        found = [(metric_norm(gap[None], metric), each) for gap, each in missed]
+        return min(found, key=lambda pair: pair[0])
 
     def _folded(self, rank: Rank, groups: Sequence[Sequence[Tensor]]) -> list[Sequence[Tensor]]:
         first = self.method.stages(self.group, rank)[0]
@@ -162,7 +238,16 @@ class DataAware(Decomposition):
     def prepare(
         self, layer: LayerSpec, weight: Tensor, evidence: Evidence | int = NO_EVIDENCE
     ) -> Prepared:
-        """In the metric of the evidence's curvature; without that, as the method."""
+        """In the metric of the evidence's curvature; without that, as the method.
+
+        Args:
+            layer: The whole layer.
+            weight: Its weight in torch's layout, (out, in/groups, *kernel) but for transposed ones.
+            evidence: Whose curvature is looked at, and whose seed is the method's.
+
+        Raises:
+            UnsupportedError: As :class:`Prepared`.
+        """
         known = as_evidence(evidence)
         if known.curvature is None:
             return prepared(self.method, layer, weight, known)
@@ -205,8 +290,7 @@ class _Whitening:
     kernel: tuple[int, ...]
 
     @classmethod
-    def of(cls, method: Decomposition, group: LayerSpec, covariance: Tensor) -> _Whitening:
-        axes = whitened_axes(method, group)
+    def of(cls, axes: tuple[int, ...] | None, group: LayerSpec, covariance: Tensor) -> _Whitening:
         channels, kernel = group.in_channels, group.kernel_size
         if axes is None:
             return cls(None, (), channels, kernel)
@@ -223,6 +307,10 @@ class _Whitening:
         pairs = zip(weight, self.lower, strict=True)
         changes = ((part, partial(torch.matmul, other=lower)) for part, lower in pairs)
         return torch.stack([self._along(part, change) for part, change in changes])
+
+    def is_whole(self, covariance: Tensor) -> bool:
+        """Whether nothing of a covariance (groups, d, d) is left out."""
+        return self.lower is not None and self.lower.shape[-1] == covariance.shape[-1]
 
     def metric(self, covariance: Tensor) -> Tensor:
         """The covariance (groups, d, d) as it is for whitened weights."""

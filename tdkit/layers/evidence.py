@@ -70,7 +70,7 @@ class Curvature:
         """The root of tr[D S Dᵀ], summed over groups, in the unit of the output.
 
         Args:
-            weight: D in torch's layout of the layer.
+            weight: D in torch's layout of the layer, (out, in/groups, *kernel) or transposed.
         """
         rows = split_groups(weight.double(), self.layer)
         return _root((rows * self._pushed(rows)).sum())
@@ -79,7 +79,7 @@ class Curvature:
         """The root of tr[G D S Dᵀ], summed over groups, in the unit of the model's output.
 
         Args:
-            weight: D in torch's layout of the layer.
+            weight: D in torch's layout of the layer, (out, in/groups, *kernel) or transposed.
         """
         assert self.outputs is not None, "whoever asks for the model's output has G collected"
         rows = split_groups(weight.double(), self.layer)

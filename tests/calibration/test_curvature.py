@@ -61,7 +61,9 @@ def given(model: nn.Module, name: str) -> Tensor:
     return seen[0]
 
 
-@pytest.mark.parametrize(("name", "centred"), [("first", True), ("grouped", True), ("plain", False)])
+@pytest.mark.parametrize(
+    ("name", "centred"), [("first", True), ("grouped", True), ("plain", False)]
+)
 def test_an_error_of_the_output_is_that_of_running_it(name: str, centred: bool) -> None:
     model = net()
     wrong = copy.deepcopy(model.get_submodule(name)).double()
@@ -85,7 +87,9 @@ def test_wide_patches_count_by_their_channels(monkeypatch: pytest.MonkeyPatch) -
     patches = nn.functional.unfold(given(model, "grouped"), 3).unflatten(1, (2, 2, 9))
     for group in range(2):
         rows = patches[:, group].movedim(1, -1).flatten(0, -2)
-        torch.testing.assert_close(some["grouped"].inputs[group].float(), torch.cov(rows.T, correction=0))
+        torch.testing.assert_close(
+            some["grouped"].inputs[group].float(), torch.cov(rows.T, correction=0)
+        )
 
 
 @pytest.mark.parametrize("scores", [True, False])

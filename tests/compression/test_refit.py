@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from tdkit.calibration.activations import Rows, fitted_to_activations
 from tdkit.calibration.divergence import divergence, outputs_of
 from tdkit.calibration.following import Following, following
 from tdkit.compression import calibrating
+from tdkit.compression.applying import Applying, Compressed
 from tdkit.compression.refit import Refitted
 from tdkit.decompositions.base import prepared
 from tdkit.decompositions.svd import Svd
@@ -63,6 +65,7 @@ def images(count: int, seed: int = 0) -> Tensor:
 
 def compressed(dense: nn.Module, effort: str, **more: Any) -> tdkit.Compression:
     options = {"data": list(images(160).split(16)), "measure": False} | more
+    options.setdefault("metric", "relative-weights")  # of which there is one plan
     return tdkit.compress(dense, 0.4, effort=effort, **options)
 
 
@@ -127,6 +130,61 @@ def test_what_makes_it_worse_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> N
         assert torch.equal(value, done.model.state_dict()[key])
     assert [step.name for step in done.steps] == ["BatchNorm"]
     assert any("taken back" in note for note in done.notes)
+
+
+def test_of_several_plans_the_one_is_kept_whose_model_is_nearest() -> None:
+    dense = model()
+    by_metric = {
+        metric: compressed(dense, "best", metric=metric)
+        for metric in ("relative-weights", "whitened-features", "output-gauss-newton")
+    }
+    several = compressed(dense, "best", metric=None)
+    data = [Inputs((batch,)) for batch in images(160).split(16)]
+
+    def gap(each: tdkit.Compression) -> float:
+        return divergence(list(outputs_of(dense, data)), outputs_of(each.model, data))
+
+    assert several.compared > 1
+    assert gap(several) <= gap(by_metric["relative-weights"]) * (1 + 1e-6)
+    assert several.plan.metric in by_metric
+    again = tdkit.apply(several.plan, dense, data=list(images(160).split(16)), measure=False)
+    for key, value in several.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[key]), key
+    assert {key: c.after for key, c in several.report.costs.items() if c} == {
+        key: c.after for key, c in again.report.costs.items() if c
+    }
+
+
+@pytest.mark.parametrize("better", [0, 1, 2])
+def test_whichever_draft_is_best_is_what_the_model_then_is(
+    better: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it was not the last, and was taken off meanwhile."""
+    built: list[Compressed] = []
+    of = Applying.of
+
+    def counted(self: Applying, *args: Any, **options: Any) -> Compressed:
+        result = replace(of(self, *args, **options), divergence=float(len(built) != better))
+        built.append(replace(result, model=copy.deepcopy(result.model)))
+        return result
+
+    monkeypatch.setattr(Applying, "of", counted)
+    done = compressed(model(), "best", metric=None, inplace=True)
+    assert done.compared == len(built) == 3
+    assert done.plan == built[better].plan
+    for key, value in built[better].model.state_dict().items():
+        assert torch.equal(value, done.model.state_dict()[key]), key
+
+
+def test_a_draft_that_cannot_reach_the_budget_is_passed_over() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        dense = Routed().eval()
+    options: dict[str, Any] = {"data": list(rows().split(100)), "example_inputs": rows(4)}
+    done = tdkit.compress(dense, 0.4, measure=False, **options)
+    assert done.plan.metric == "relative-weights"
+    with pytest.raises(UsageError, match="out of reach"):
+        tdkit.compress(dense, 0.01, measure=False, **options)
 
 
 def test_one_batch_is_cut_so_that_some_of_it_can_be_held_back() -> None:
