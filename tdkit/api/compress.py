@@ -45,6 +45,7 @@ def compress(
     planner: str = defaults.PLANNER,
     calibration: str = defaults.CALIBRATION,
     effort: str = defaults.EFFORT,
+    fold: bool = False,
     keeps: float | Sequence[float] | None = None,
     layers: str | Sequence[str] = (),
     include_ends: bool = False,
@@ -101,6 +102,8 @@ def compress(
         effort: How hard, where it is data: ``fast`` fits BatchNorm's statistics, ``default`` the
             factors of every layer to what the compressed layers before it deliver, ``best`` those
             to the activation that follows, too.
+        fold: Fold every BatchNorm into the layer before it in the end, where nothing else is given
+            to it; its parameters are spent on ranks. The result has no statistics left to train.
         keeps: Fractions of a layer's parameters to consider.
         layers: Shell patterns of layer names; all by default.
         include_ends: Consider the first and the last layer too.
@@ -160,6 +163,7 @@ def compress(
         record.create().adding_up_by(penalty),
         chooser.name,
         effort=effort,
+        fold=fold,
     )
     found = resolve_methods(registry, wanted, settings)
     grid = Grid(

@@ -118,7 +118,8 @@ def _structure(
 def _stages(
     name: str, values: list[Any], source: object, stages: Mapping[str, type[Stage]]
 ) -> tuple[Stage, ...]:
-    if not 1 <= len(values) <= _MOST_STAGES:
+    # None at all stand for a BatchNorm that was folded.
+    if len(values) > _MOST_STAGES:
         raise _wrong(source, f"puts {len(values)} layers in the place of {shown(name)}")
     unknown = [kind for kind in map(_kind, values) if kind is not None and kind not in stages]
     if unknown:

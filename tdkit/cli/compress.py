@@ -48,6 +48,9 @@ def compress(
     effort: Annotated[
         str, typer.Option(help="How hard to fit to data: fast, default or best.")
     ] = defaults.EFFORT,
+    fold: Annotated[
+        bool, typer.Option("--fold", help="Fold BatchNorms into layers; ranks get their share.")
+    ] = False,
     samples: options.Samples = defaults.SAMPLES,
     finetune: options.Finetune = None,
     learning_rate: options.LearningRate = None,
@@ -98,6 +101,7 @@ def compress(
             planner=planner,
             calibration=calibration,
             effort=effort,
+            fold=fold,
             keeps=fractions,
             layers=layers or (),
             include_ends=include_ends,

@@ -12,6 +12,7 @@ from torch import nn
 
 from tdkit.calibration.batchnorm import Calibration, has_statistics
 from tdkit.compression.calibrating import Calibrated, Calibrating, Step
+from tdkit.compression.folding import Folding
 from tdkit.compression.kept import Kept
 from tdkit.compression.plan import Move, Plan
 from tdkit.compression.refit import Part
@@ -57,6 +58,7 @@ class Compressed:
             fitted to, see :func:`tdkit.calibration.divergence.divergence`; infinite where it was
             fitted to none.
         compared: How many plans it is the best of.
+        had_statistics: Whether there was any BatchNorm to fit, which may be folded since.
         notes: What the user should know of that.
     """
 
@@ -72,6 +74,7 @@ class Compressed:
     steps: tuple[Step, ...] = ()
     divergence: float = math.inf
     compared: int = 1
+    had_statistics: bool = False
     notes: tuple[str, ...] = ()
 
     @property
@@ -82,17 +85,18 @@ class Compressed:
     @property
     def calibrated(self) -> Calibration:
         """What the compressed layers are fitted to; ``none`` where there is no such."""
-        fitted = self.refitted or has_statistics(self.model)
+        fitted = self.refitted or self.had_statistics
         return self.plan.calibration if fitted and self.uncalibrated is None else "none"
 
 
 def larger_than_dense(result: Compressed) -> list[str]:
     """The layers that a plan, which a person wrote, makes larger."""
+    moved = {move.layer for move in result.plan.moves}
     return [
         layer.name
         for layer in result.layers
-        if sum(stage.parameters for stage in result.structure.get(layer.name, ()))
-        > layer.parameters
+        if layer.name in moved
+        and sum(stage.parameters for stage in result.structure[layer.name]) > layer.parameters
     ]
 
 
@@ -123,8 +127,9 @@ def apply_plan(
         UnsupportedError: If a layer of the plan cannot be decomposed.
     """
     applying = Applying(traced, methods, calibration, batches, costs, progress)
+    folding = Folding.of(traced, costs) if plan.fold else Folding()
     with Surgery(traced) as surgery:
-        return applying.of(plan, surgery)
+        return applying.finished(applying.of(plan, surgery), folding, surgery)
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,8 +194,27 @@ class Applying:
             uncalibrated=calibrated.uncalibrated,
             steps=calibrated.steps,
             divergence=calibrated.divergence,
+            had_statistics=has_statistics(self.traced.model),
             notes=calibrated.notes,
         )
+
+    def finished(self, result: Compressed, folding: Folding, surgery: Surgery) -> Compressed:
+        """Fold what is to be folded, and count anew.
+
+        Args:
+            result: The compressed model.
+            folding: Of the dense model.
+            surgery: Of the model.
+        """
+        if not folding.norms:
+            return result
+        structure, folded = folding.fold(self.traced, result.structure, surgery)
+        costs = {
+            name: found
+            and replace(found, after=found.after - sum(folding.savings[name][x] for x in folded))
+            for name, found in result.costs.items()
+        }
+        return replace(result, structure=structure, costs=costs)
 
     def _replace(
         self, moves: Mapping[Layer, Move], seed: int, surgery: Surgery

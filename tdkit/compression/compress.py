@@ -14,6 +14,7 @@ from tdkit.calibration.batchnorm import CALIBRATIONS, Calibration
 from tdkit.compression.applying import Applying, Compressed
 from tdkit.compression.calibrating import State, kept_state, restore
 from tdkit.compression.drafts import Draft, drafts_from_data
+from tdkit.compression.folding import Folding
 from tdkit.compression.kept import Kept
 from tdkit.compression.plan import Move, Plan
 from tdkit.compression.scoring import Grid, score
@@ -42,6 +43,7 @@ class Goal:
         planner: The planner's name, for the record.
         calibration: What the compressed layers are fitted to; ``data`` needs some.
         effort: How hard, where it is data; one of :data:`tdkit.defaults.EFFORTS`.
+        fold: Whether BatchNorms are folded into the layers before them in the end.
 
     Raises:
         UsageError: If the budget is no such fraction, or the calibration or the effort unknown.
@@ -53,6 +55,7 @@ class Goal:
     planner: str = defaults.PLANNER
     calibration: Calibration = defaults.NO_DATA_CALIBRATION
     effort: str = defaults.EFFORT
+    fold: bool = False
 
     def __post_init__(self) -> None:
         number = isinstance(self.budget, int | float) and not isinstance(self.budget, bool)
@@ -78,6 +81,7 @@ def make_plan(
     goal: Goal,
     planner: Planner,
     grid: Grid,
+    spared: int = 0,
 ) -> Plan:
     """Choose among scored candidates.
 
@@ -87,6 +91,7 @@ def make_plan(
         goal: The budget and how to count it.
         planner: Chooses.
         grid: What was scored: seed, settings and versions go into the plan.
+        spared: What falls away whatever is chosen.
 
     Raises:
         UsageError: If the budget is out of reach.
@@ -98,6 +103,7 @@ def make_plan(
         budget=goal.budget,
         cost=goal.cost,
         metric=goal.metric,
+        spared=spared,
     )
     used = sorted({c.method for c in chosen})
     return Plan(
@@ -110,6 +116,7 @@ def make_plan(
         planner=goal.planner,
         calibration=goal.calibration,
         effort=goal.effort,
+        fold=goal.fold,
         settings={name: settings_of(grid.methods[name]) for name in used},
         versions=grid.versions,
         candidates=tuple(chosen),
@@ -159,9 +166,11 @@ def compress_model(
     if compare and goal.calibration == "data" and goal.effort != "fast":
         drafts += drafts_from_data(traced, grid, goal.effort, calibration, progress)
     applying = Applying(traced, grid.methods, calibration, batches, grid.costs, refitting, kept, {})
-    job = _Job(applying, grid, goal, planner, total_cost(traced.model, traced.layers, goal.cost))
+    folding = Folding.of(traced, grid.costs) if goal.fold else Folding()
+    total = total_cost(traced.model, traced.layers, goal.cost)
+    job = _Job(applying, grid, goal, planner, total, folding)
     with Surgery(traced) as surgery:
-        return job.best(drafts, surgery)
+        return applying.finished(job.best(drafts, surgery), folding, surgery)
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,6 +182,7 @@ class _Job:
     goal: Goal
     planner: Planner
     total: int
+    folding: Folding
 
     def best(self, drafts: Sequence[Draft], surgery: Surgery) -> Compressed:
         """The model of the draft that leaves the least divergence, which the model then is."""
@@ -218,10 +228,16 @@ class _Job:
             put_back |= result.put_back
 
     def plan(self, draft: Draft, put_back: Mapping[str, str]) -> Plan:
-        usable = [c for c in draft.candidates if c.layer not in put_back]
+        methods, takes = self.grid.methods, self.folding.takes
+        usable = [
+            c
+            for c in draft.candidates
+            if c.layer not in put_back and takes(c.layer, methods[c.method], c.rank)
+        ]
         goal = replace(self.goal, metric=draft.metric)
+        spared = self.folding.saving(goal.cost.name)
         try:
-            return make_plan(self.total, usable, goal, self.planner, self.grid)
+            return make_plan(self.total, usable, goal, self.planner, self.grid, spared)
         except UsageError as error:
             if not put_back:
                 raise

@@ -50,6 +50,7 @@ class Plan:
         planner: The planner that chose.
         calibration: What the compressed layers are fitted to; ``data`` needs some.
         effort: How hard, where it is data; one of :data:`tdkit.defaults.EFFORTS`.
+        fold: Whether BatchNorms are folded into the layers before them in the end.
         settings: Of the methods of the moves, defaults included, where known.
         versions: Of tdkit and of the plugins that they come from, where known.
         candidates: The scored candidates behind the moves, in the same order, where known.
@@ -64,6 +65,7 @@ class Plan:
     planner: str | None = None
     calibration: Calibration = defaults.NO_DATA_CALIBRATION
     effort: str = defaults.OLD_EFFORT
+    fold: bool = False
     settings: Settings = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     candidates: tuple[Candidate, ...] = field(default=(), compare=False)
@@ -113,6 +115,7 @@ class Plan:
             "seed": self.seed,
             "calibration": self.calibration,
             "effort": self.effort,
+            "fold": self.fold,
             "settings": {name: dict(values) for name, values in self.settings.items()},
             "versions": dict(self.versions),
             "moves": detailed or plain,
@@ -149,6 +152,9 @@ class Plan:
         if effort not in defaults.EFFORTS:
             known = ", ".join(defaults.EFFORTS)
             raise UsageError(f'{source}: "effort" is none of {known}: {effort!r}')
+        fold = value.get("fold", False)
+        if not isinstance(fold, bool):
+            raise UsageError(f'{source}: "fold" is neither true nor false: {fold!r}')
         if budget is not None and not (type(budget) in (int, float) and 0 < budget <= 1):
             raise UsageError(
                 f'{source}: "budget" is not a fraction above 0 and at most 1: {budget!r}',
@@ -165,6 +171,7 @@ class Plan:
             planner=value.get("planner"),
             calibration=calibration,
             effort=effort,
+            fold=fold,
             settings=_settings(value.get("settings", {}), source),
             versions=_versions(value.get("versions", {}), source),
         )

@@ -36,6 +36,7 @@ class Surgery:
     def __init__(self, traced: TracedModel) -> None:
         self._traced = traced
         self._replaced: dict[Layer, nn.Module] = {}
+        self._swapped: list[tuple[nn.Module, str, nn.Module]] = []
         self._stack = ExitStack()
         self._folder: Path | None = None
         if _is_last(traced):
@@ -78,6 +79,20 @@ class Surgery:
         if self._can_refill(layer, weight):
             weight.data = weight.data.new_empty(0)
 
+    def swap(self, name: str, module: nn.Module) -> None:
+        """Put a module in the place of any other, under all its names.
+
+        Args:
+            name: Of the one that is there.
+            module: What stands there until it is undone.
+        """
+        old = self._traced.model.get_submodule(name)
+        for owner in list(self._traced.model.modules()):
+            for attribute, child in list(owner._modules.items()):
+                if child is old:
+                    self._swapped.append((owner, attribute, old))
+                    owner._modules[attribute] = module
+
     def weight(self, layer: Layer) -> Tensor:
         """The weight that a replaced layer had, (out, in/groups, *kernel) as torch has it."""
         dense = self._replaced[layer].get_parameter("weight")
@@ -87,6 +102,9 @@ class Surgery:
 
     def undo(self) -> None:
         """Put every dense layer back: the module that it was, with the parameters that it had."""
+        for owner, attribute, old in reversed(self._swapped):
+            owner._modules[attribute] = old
+        self._swapped.clear()
         for place, (layer, dense) in enumerate(self._replaced.items()):
             self._refill(dense.get_parameter("weight"), layer, place)
             replace_layer(self._traced.model, layer, dense)

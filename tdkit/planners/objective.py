@@ -21,6 +21,7 @@ def choose(
     budget: float,
     cost: Cost,
     metric: Metric,
+    spared: int = 0,
 ) -> list[Candidate]:
     """Let a planner choose so that the model's cost falls to the budget.
 
@@ -31,6 +32,7 @@ def choose(
         budget: The fraction of it that may remain.
         cost: Which cost.
         metric: Which error; its law says by what penalty it adds up over layers.
+        spared: What falls away whatever is chosen.
 
     Raises:
         UsageError: If the budget is out of reach, which names the smallest reachable one; if the
@@ -45,11 +47,11 @@ def choose(
         if (saving := _saving(c, cost)) > 0 and math.isfinite(penalty)
     ]
     # In fractions, so that 0.29 of 100 is 29 and the smallest budget named is in reach.
-    allowed = math.floor(Fraction(str(float(budget))) * total)
+    allowed = math.floor(Fraction(str(float(budget))) * total) + spared
     try:
         chosen = planner(options, total - allowed)
     except UnreachableError as error:
-        smallest = math.ceil(Fraction(total - error.most, total) * 10**4) / 10**4
+        smallest = math.ceil(Fraction(total - spared - error.most, total) * 10**4) / 10**4
         raise UsageError(
             f"a budget of {budget:g} is out of reach: the smallest reachable is {smallest:g}",
             f"score lower {option('keeps')} or more {option('methods')}, or let the first and the"
