@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tdkit.calibration.passes import Passes
 from tdkit.forward.inputs import Inputs
 from tdkit.forward.trial import run_on_data
 from tdkit.layers.inventory import Layer
@@ -171,16 +172,13 @@ def wanted_outputs(
     }
 
 
-def given_rows(
-    model: nn.Module, name: str, wanted: Wanted, batches: Sequence[Inputs]
-) -> Iterator[tuple[int, Tensor, Tensor]]:
+def given_rows(passes: Passes, name: str, wanted: Wanted) -> Iterator[tuple[int, Tensor, Tensor]]:
     """What a layer is given where another model returned what is wanted; nothing is run beyond it.
 
     Args:
-        model: The model; it is afterwards as before.
+        passes: Of the model, on the same batches as the other.
         name: The layer, or what stands in for it.
-        wanted: From the dense model on the same batches.
-        batches: Arguments of forward passes, tensors of any shape.
+        wanted: From the other.
 
     Yields:
         The number of the batch, the inputs (groups, n, d) and the outputs (groups, n, out/groups).
@@ -188,35 +186,22 @@ def given_rows(
     Raises:
         UnsupportedError: If the model does not run on the batches.
     """
-    rows: list[Tensor | None] = []
-    spec = wanted.spec
-
-    def look(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        value, calls = args[0] if args else next(iter(kwargs.values())), wanted.calls[number]
-        if len(rows) < len(calls):
-            call = calls[len(rows)]
-            # A model may hand on another number of tokens or boxes than the dense one did.
-            same = (
-                math.prod(spec.output_shape(tuple(value.shape))) == call.count * spec.out_channels
-            )
-            rows.append(input_rows(spec, value.detach(), call.places) if same else None)
-        if len(rows) >= len(calls):
-            raise _Enough
-
-    handle = model.get_submodule(name).register_forward_pre_hook(look, with_kwargs=True)
-    with removed([handle]):
-        for number, batch in enumerate(batches):
-            rows.clear()
-            if wanted.calls[number]:
-                with suppress(_Enough):
-                    run_on_data(model, batch)
-            for inputs, call in zip(rows, wanted.calls[number], strict=False):
-                if inputs is not None:
-                    yield number, inputs, call.rows
+    for number, calls in enumerate(wanted.calls):
+        rows: list[Tensor | None] = []
+        if calls:
+            passes.run(number, name, partial(_look, wanted.spec, calls, rows))
+        for inputs, call in zip(rows, calls, strict=False):
+            if inputs is not None:
+                yield number, inputs, call.rows
 
 
-class _Enough(BaseException):
-    """All that is wanted was seen. No model catches it as an error of its own."""
+def _look(spec: LayerSpec, calls: Sequence[Call], rows: list[Tensor | None], value: Tensor) -> bool:
+    """Take the rows of one call after the other; returns whether it was the last one."""
+    call = calls[len(rows)]
+    # A model may hand on another number of tokens or boxes than the dense one did.
+    same = math.prod(spec.output_shape(tuple(value.shape))) == call.count * spec.out_channels
+    rows.append(input_rows(spec, value.detach(), call.places) if same else None)
+    return len(rows) == len(calls)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from tdkit.calibration.activations import Rows, fitted_to_activations
 from tdkit.calibration.divergence import divergences, outputs_of
 from tdkit.calibration.following import Following, following
 from tdkit.calibration.pairs import Pairs, Wanted, given_rows, wanted_outputs
+from tdkit.calibration.passes import Passes
 from tdkit.calibration.regression import regressed
 from tdkit.compression.verification import dense_weight
 from tdkit.decompositions.base import Decomposition, Prepared, Rank
@@ -239,22 +240,24 @@ def refit(
     left = {name: "the data never reach it" for name in parts if name not in seen.wanted}
     thin = []
     todo = [name for name in seen.wanted if name in parts]
-    for done, name in enumerate(todo):
-        progress(done, len(todo))
-        part, width = parts[name], _width(parts[name].spec)
-        fits = 8 * part.spec.groups * width**2 <= _LARGEST
-        given = _Given.of(model, name, part.spec, seen, activations, fits)
-        if not given.pairs.count:
-            left[name] = "it is given other places than in the dense model"
-        elif not given.pairs.is_finite:
-            left[name] = "what it is given is not finite"
-        elif not fits:
-            left[name] = f"its inputs of {width:,} entries are too wide for their covariance"
-            _correct_bias(model, name, part, given.pairs, seen)
-        else:
-            if given.pairs.count < width:
-                thin.append(name)
-            errors[name] = _refit(model, name, part, given, seen)
+    with Passes(model, todo, seen.batches) as passes:
+        for done, name in enumerate(todo):
+            progress(done, len(todo))
+            part, width = parts[name], _width(parts[name].spec)
+            fits = 8 * part.spec.groups * width**2 <= _LARGEST
+            given = _Given.of(passes, name, part.spec, seen, activations, fits)
+            if not given.pairs.count:
+                left[name] = "it is given other places than in the dense model"
+            elif not given.pairs.is_finite:
+                left[name] = "what it is given is not finite"
+            elif not fits:
+                left[name] = f"its inputs of {width:,} entries are too wide for their covariance"
+                _correct_bias(model, name, part, given.pairs, seen)
+            else:
+                if given.pairs.count < width:
+                    thin.append(name)
+                errors[name] = _refit(model, name, part, given, seen)
+            passes.settle(name)
     progress(len(todo), len(todo))
     return Refitted(errors, tuple(thin), left)
 
@@ -282,7 +285,7 @@ class _Given:
     @classmethod
     def of(
         cls,
-        model: nn.Module,
+        passes: Passes,
         name: str,
         spec: LayerSpec,
         seen: Observed,
@@ -294,7 +297,7 @@ class _Given:
         after = seen.activations[name] if activations and centred else ()
         kept, rows = list[tuple[Tensor, Tensor]](), list[tuple[Tensor, Tensor]]()
         most = _KEPT // (4 * spec.groups * _width(spec)) // max(1, len(seen.batches))
-        for number, inputs, outputs in given_rows(model, name, seen.wanted[name], seen.batches):
+        for number, inputs, outputs in given_rows(passes, name, seen.wanted[name]):
             if number >= len(seen.batches) - seen.held:
                 kept.append((inputs, outputs))
                 continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,15 +47,46 @@ def run_on_data(model: nn.Module, batch: Inputs) -> Any:
     Raises:
         UnsupportedError: If the model does not run on them.
     """
+    with tried_on_data(model):
+        return batch.run(model)
+
+
+@contextmanager
+def tried_on_data(model: nn.Module) -> Iterator[None]:
+    """A trial in eval mode that is told as one on data where it fails.
+
+    Raises:
+        UnsupportedError: For whatever the model raises itself.
+    """
     try:
         with trial(model):
-            return batch.run(model)
+            yield
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a model may fail in any way
         raise UnsupportedError(
             f"the model does not run on the data: {first_line(error)}"
         ) from error
+
+
+def buffer_watch(model: nn.Module) -> Callable[[], bool]:
+    """What tells later whether any buffer of a model is another one or was written to."""
+    before = _tables(model)
+    values = [(x, _version(x), x.clone()) for _, x in before if x is not None]
+
+    def is_written() -> bool:
+        now = _tables(model)
+        same = [(key, id(x)) for key, x in before] == [(key, id(x)) for key, x in now]
+        return not same or any(
+            _version(x) != version or (_can_change_unseen(x) and not torch.equal(x, value))
+            for x, version, value in values
+        )
+
+    return is_written
+
+
+def _tables(model: nn.Module) -> list[tuple[str, Tensor | None]]:
+    return [item for module in model.modules() for item in module._buffers.items()]
 
 
 @contextmanager
@@ -88,6 +119,21 @@ def _can_change_unseen(buffer: Tensor) -> bool:
         return False
     # Nothing can be written to an expanded buffer.
     return all(step or size < 2 for step, size in zip(buffer.stride(), buffer.shape, strict=True))
+
+
+def random_state() -> Any:
+    """The random state of Python, NumPy and torch, to be set again."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def set_random_state(state: Any) -> None:
+    """Go on from where :func:`random_state` was called."""
+    python, arrays, cpu, cuda = state
+    random.setstate(python)
+    np.random.set_state(arrays)
+    torch.set_rng_state(cpu)
+    torch.cuda.set_rng_state_all(cuda)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tdkit.calibration.pairs import Pairs, given_rows, wanted_outputs
+from tdkit.calibration.passes import Passes
 from tdkit.calibration.regression import RIDGES, regressed
 from tdkit.forward.inputs import Inputs
 from tdkit.layers.impulses import split_groups
@@ -38,8 +39,9 @@ def pairs_of(model: nn.Module, dense: nn.Module, name: str, rows: int = 10_000) 
     layers = [x for x in find_layers(dense, inputs=batches()[0]) if x.name == name]
     wanted = wanted_outputs(dense, layers, batches(), rows, 0)[name]
     pairs = Pairs(wanted.spec)
-    for _, inputs, outputs in given_rows(model, name, wanted, batches()):
-        pairs.add(inputs, outputs)
+    with Passes(model, [name], batches()) as passes:
+        for _, inputs, outputs in given_rows(passes, name, wanted):
+            pairs.add(inputs, outputs)
     return pairs
 
 
@@ -104,6 +106,7 @@ def test_nothing_beyond_the_layer_is_run() -> None:
     layers = [x for x in find_layers(model, inputs=batches()[0]) if x.name == "0"]
     wanted = wanted_outputs(model, layers, batches(), 100, 0)["0"]
     handle = model[1].register_forward_hook(lambda *_: ran.append(1))
-    assert len(list(given_rows(model, "0", wanted, batches()))) == 3
+    with Passes(model, ["0"], batches()) as passes:
+        assert len(list(given_rows(passes, "0", wanted))) == 3
     handle.remove()
     assert ran == []
