@@ -132,9 +132,7 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measured(
-    way: Way, dense: nn.Module, budget: float, sets: Sequence[Images], test: Split
-) -> str:
+def measured(way: Way, dense: nn.Module, budget: float, sets: Sequence[Images], test: Split) -> str:
     try:
         used = sets if way.images else sets[:1]
         found = [accuracy(way.make(dense, budget, images), test) for images in used]

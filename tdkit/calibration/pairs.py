@@ -20,6 +20,12 @@ from tdkit.layers.inventory import Layer
 from tdkit.layers.patches import input_rows, output_rows, positions
 from tdkit.layers.spec import LayerSpec
 
+# A layer that is wider is looked at in fewer places.
+_WIDE = 2048
+
+# Columns of a Gram matrix that are multiplied at once, at least.
+_BLOCK = 128
+
 
 @dataclass(frozen=True, eq=False)
 class Call:
@@ -75,7 +81,7 @@ class Pairs:
             inputs: (groups, n, d).
             outputs: (groups, n, out / groups).
         """
-        x, y = _at_least_float(inputs), _at_least_float(outputs)
+        x, y = at_least_float(inputs), at_least_float(outputs)
         if not x.shape[1]:
             return
         if self._origin is None:
@@ -84,7 +90,7 @@ class Pairs:
         self.count += x.shape[1]
         found = [x.sum(1), y.sum(1)]
         if self._second:
-            found += [x.mT @ x, y.mT @ x]
+            found += [_gram(x), y.mT @ x]
         wide = [each.double() for each in found]
         self._sums = [a + b for a, b in zip(self._sums, wide, strict=True)] if self._sums else wide
 
@@ -133,7 +139,7 @@ def wanted_outputs(
         model: The dense model; it is afterwards as before.
         layers: Of it, decomposable ones.
         batches: Arguments of forward passes, tensors of any shape.
-        rows: Positions of each layer in all batches together, about.
+        rows: Positions of each layer in all batches together, about; of wide layers fewer.
         seed: Seeds the choice of positions.
 
     Returns:
@@ -143,8 +149,12 @@ def wanted_outputs(
     Raises:
         UnsupportedError: If the model does not run on the batches.
     """
-    share = {x.name: -(-rows // max(1, len(batches) * len(x.calls or (0,)))) for x in layers}
     specs = {layer.name: layer.spec for layer in layers}
+    share = {
+        x.name: -(-_enough(x.spec, rows) // max(1, len(batches) * len(x.calls or (0,))))
+        for x in layers
+        if x.spec is not None
+    }
     now: dict[str, list[Call]] = {}
     found: list[dict[str, list[Call]]] = []
 
@@ -204,6 +214,11 @@ def _look(spec: LayerSpec, calls: Sequence[Call], rows: list[Tensor | None], val
     return len(rows) == len(calls)
 
 
+def at_least_float(rows: Tensor) -> Tensor:
+    """Rows of any shape, in float32 where they are of half precision."""
+    return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+
+
 @contextmanager
 def removed(handles: Sequence[Any]) -> Iterator[None]:
     """Remove hooks at the end, whatever happens."""
@@ -231,9 +246,26 @@ def drawn(count: int, most: int, key: str) -> Tensor:
     return torch.randperm(count, generator=generator)[:most].sort().values
 
 
+def _gram(rows: Tensor) -> Tensor:
+    """Rows (groups, n, d) transposed times themselves, of which half is the other half."""
+    width = rows.shape[-1]
+    step = max(_BLOCK, -(-width // 8))
+    result = rows.new_empty(len(rows), width, width)
+    for start in range(0, width, step):
+        block = rows[..., start : start + step].mT @ rows[..., start:]
+        result[:, start : start + step, start:] = block
+        result[:, start:, start : start + step] = block.mT
+    return result
+
+
+def _enough(spec: LayerSpec, rows: int) -> int:
+    """How many rows of a layer to look at: a covariance costs their number times its width twice.
+
+    Of a wide one half will do, but for twice its width.
+    """
+    width = spec.per_group().weight_parameters // spec.per_group().out_channels
+    return rows if width <= _WIDE else min(rows, max(rows // 2, 2 * width))
+
+
 def _outer(rows: Tensor, columns: Tensor) -> Tensor:
     return rows[:, :, None] * columns[:, None]
-
-
-def _at_least_float(rows: Tensor) -> Tensor:
-    return rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows

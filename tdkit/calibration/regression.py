@@ -46,17 +46,20 @@ def regressed(weight: Tensor, pairs: Pairs, held: tuple[Tensor, Tensor] | None) 
     """
     covariance = pairs.covariance
     gap = pairs.cross - weight @ covariance
-    least = _error(weight, pairs, held)
+    apart = None if held is None else _centred(pairs, *held)
+    least = _error(weight, apart)
     best = Regressed(weight, _with_ridge(covariance, RIDGES[0]), math.inf)
-    for ridge in RIDGES if held is not None else RIDGES[:1]:
+    for ridge in RIDGES if apart is not None else RIDGES[:1]:
         metric = _with_ridge(covariance, ridge)
         lower, failed = torch.linalg.cholesky_ex(metric)
         if bool(failed.any()):
             continue
         target = weight + torch.cholesky_solve(gap.mT, lower).mT
-        error = _error(target, pairs, held)
-        if held is None or error < least:
+        error = _error(target, apart)
+        if apart is None or error < least:
             best, least = Regressed(target, metric, ridge), error
+        elif best.ridge < ridge:
+            break  # it grows from here on
     return best
 
 
@@ -68,10 +71,17 @@ def _with_ridge(covariance: Tensor, ridge: float) -> Tensor:
     return result
 
 
-def _error(weight: Tensor, pairs: Pairs, held: tuple[Tensor, Tensor] | None) -> float:
-    """The squared error on pairs that were held back, with the best bias for the others."""
-    if held is None:
+def _centred(pairs: Pairs, inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs that were held back less the means of the others, which the best bias makes of them."""
+    return (
+        inputs - pairs.input_mean[:, None].to(inputs),
+        outputs - pairs.output_mean[:, None].to(outputs),
+    )
+
+
+def _error(weight: Tensor, apart: tuple[Tensor, Tensor] | None) -> float:
+    """The squared error on pairs that were held back, in their precision."""
+    if apart is None:
         return math.inf
-    inputs, outputs = held
-    made = (inputs - pairs.input_mean[:, None]) @ weight.mT + pairs.output_mean[:, None]
-    return float((outputs - made).square().sum())
+    inputs, outputs = apart
+    return float((outputs - inputs @ weight.mT.to(inputs)).square().double().sum())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tdkit.calibration.activations import Rows, fitted_to_activations
 from tdkit.calibration.divergence import divergences, outputs_of
 from tdkit.calibration.following import Following, following
-from tdkit.calibration.pairs import Pairs, Wanted, given_rows, wanted_outputs
+from tdkit.calibration.pairs import Pairs, Wanted, at_least_float, given_rows, wanted_outputs
 from tdkit.calibration.passes import Passes
 from tdkit.calibration.regression import regressed
 from tdkit.compression.verification import dense_weight
@@ -299,7 +299,7 @@ class _Given:
         most = _KEPT // (4 * spec.groups * _width(spec)) // max(1, len(seen.batches))
         for number, inputs, outputs in given_rows(passes, name, seen.wanted[name]):
             if number >= len(seen.batches) - seen.held:
-                kept.append((inputs, outputs))
+                kept.append((at_least_float(inputs), at_least_float(outputs)))
                 continue
             pairs.add(inputs, outputs)
             if after:

@@ -32,8 +32,11 @@ _RIDGES = (0.0, 1e-9, 1e-6, 1e-3)
 _WIDE = 256
 
 REFINING = 40
-"""Steps of L-BFGS on the factors that are taken. From so many on, what rounding makes worse than it
-was is not taken; of fewer, for scoring, it does not matter."""
+"""Steps of L-BFGS on the factors that are taken, unless a layer is very wide."""
+
+# The width beyond which steps are dear, and how many there are then. From so many on, what rounding
+# makes worse than it was is not taken; of fewer, for scoring, it does not matter.
+_VERY_WIDE, _FEWER = 2048, 12
 
 
 class Covariance:
@@ -72,8 +75,8 @@ class Covariance:
         axes, whitening = whitened_axes(method, group), self.whitening(method, group)
         if axes not in self._whitened:
             dtype = torch.float32 if self.values.shape[-1] > _WIDE else torch.float64
-            found = None if whitening.is_whole(self.values) else whitening.metric(self.values)
-            self._whitened[axes] = None if found is None else found.to(dtype)
+            whole = whitening.is_whole(self.values)
+            self._whitened[axes] = None if whole else whitening.metric(self.values.to(dtype))
         return self._whitened[axes]
 
 
@@ -144,13 +147,15 @@ class Whitened(Prepared):
         starts = self._inner._factors(rank)
         return self._fitted(rank, starts) if self._steps else self._folded(rank, starts)
 
-    def refined(self, rank: Rank, steps: int = REFINING) -> Whitened:
+    def refined(self, rank: Rank, steps: int | None = None) -> Whitened:
         """All factors fitted to the exact metric together; it was averaged over the kernel before.
 
         Args:
             rank: A rank that fits the layer.
-            steps: Of L-BFGS, at most.
+            steps: Of L-BFGS, at most; None for :data:`REFINING`, and fewer for very wide layers.
         """
+        if steps is None:
+            steps = REFINING if self.covariance.shape[-1] <= _VERY_WIDE else _FEWER
         result = copy.copy(self)
         result._steps, result._latest, result._missed = steps, None, None
         return result
@@ -169,7 +174,7 @@ class Whitened(Prepared):
             )
             for group, start in enumerate(starts)
         ]
-        ends = [found] if self._steps < REFINING else [starts, found]
+        ends = [found] if self._steps < _FEWER else [starts, found]
         several = zip(*(self._folded(rank, each) for each in ends), strict=True)
         best = [self._better(stages, group, each) for group, each in enumerate(several)]
         self._missed = rank, math.hypot(*(missed for missed, _ in best))
@@ -318,7 +323,7 @@ class _Whitening:
             return covariance
         return torch.stack(
             [
-                self._undone(self._undone(part, lower).mT, lower)
+                self._undone(self._undone(part, lower.to(part)).mT, lower.to(part))
                 for part, lower in zip(covariance, self.lower, strict=True)
             ]
         )
