@@ -12,6 +12,9 @@ from torch.utils import _pytree as pytree
 from tdkit.forward.inputs import Inputs
 from tdkit.forward.trial import run_on_data
 
+# Relative to the first, within which lengths of rows are the same.
+_ALIKE = 1e-3
+
 
 def outputs_of(model: nn.Module, batches: Iterable[Inputs]) -> Iterator[list[Tensor]]:
     """The floating-point tensors that a model returns, for one batch after the other.
@@ -53,16 +56,18 @@ def divergences(wanted: Sequence[Sequence[Tensor]], found: Iterable[Sequence[Ten
     Returns:
         (samples,), float64, on the CPU.
     """
-    missed: dict[int, list[Tensor]] = {}
+    places = range(len(wanted[0])) if wanted else ()
+    scores = [all(are_scores(each[place]) for each in wanted) for place in places]
+    missed: list[list[Tensor]] = [[] for _ in places]
     for want, have in zip(wanted, found, strict=True):
         if [each.shape for each in want] != [each.shape for each in have]:
             return torch.full((1,), math.inf, dtype=torch.float64)
         samples = _samples(want)
         for place, (w, f) in enumerate(zip(want, have, strict=True)):
-            missed.setdefault(place, []).append(_missed(w.double(), f.double(), samples))
+            missed[place].append(_missed(w.double(), f.double(), samples, scores[place]))
     parts = [
-        torch.cat(values) / _unit([want[place] for want in wanted], sum(map(len, values)))
-        for place, values in missed.items()
+        torch.cat(values) / (1.0 if known else _spread([w[place] for w in wanted], values))
+        for place, (values, known) in enumerate(zip(missed, scores, strict=True))
     ]
     return torch.stack(parts).sum(0) if parts else torch.zeros(0, dtype=torch.float64)
 
@@ -72,13 +77,27 @@ def _samples(outputs: Sequence[Tensor]) -> int:
 
 
 def are_scores(wanted: Tensor) -> bool:
-    """Whether an output, of any shape, is read as scores of classes: (batch, classes)."""
-    return wanted.ndim == 2 and wanted.shape[1] > 1
+    """Whether an output is read as scores of classes.
+
+    That is one of (batch, classes), unless its rows are all of one length, as embeddings are that
+    were normalised, or nothing in it is outside of 0 to 1, as with probabilities.
+
+    Args:
+        wanted: Of the dense model, of any shape.
+    """
+    if wanted.ndim != 2 or wanted.shape[1] < 2 or not len(wanted):
+        return False
+    values = wanted.double()
+    if bool(((values >= 0) & (values <= 1)).all()):
+        return False
+    lengths = torch.linalg.vector_norm(values, dim=1)
+    alike = float((lengths - lengths[0]).abs().max()) <= _ALIKE * float(lengths[0])
+    return not alike or (len(values) == 1 and abs(float(lengths[0]) - 1) > _ALIKE)
 
 
-def _missed(wanted: Tensor, found: Tensor, samples: int) -> Tensor:
+def _missed(wanted: Tensor, found: Tensor, samples: int, scores: bool) -> Tensor:
     """What is missed of each sample, (samples,), on the CPU."""
-    if are_scores(wanted):
+    if scores:
         target, log = wanted.log_softmax(-1), found.log_softmax(-1)
         share = target.exp()
         # What is masked in both, by scores of minus infinity, is no difference.
@@ -90,11 +109,9 @@ def _missed(wanted: Tensor, found: Tensor, samples: int) -> Tensor:
     return (missed.sum() / samples).expand(samples).cpu()
 
 
-def _unit(wanted: Sequence[Tensor], samples: int) -> float:
-    """What the misses of each sample are divided by: the mean sum of squares, but of scores."""
-    if all(are_scores(each) for each in wanted):
-        return 1.0
+def _spread(wanted: Sequence[Tensor], missed: Sequence[Tensor]) -> float:
+    """The mean over samples of the sum of squares, less the mean."""
     count = sum(each.numel() for each in wanted)
     mean = sum(float(each.double().sum()) for each in wanted) / max(1, count)
     energy = sum(float((each.double() - mean).square().sum()) for each in wanted)
-    return energy / max(1, samples) or 1.0
+    return energy / max(1, sum(map(len, missed))) or 1.0

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import tdkit
 from tdkit.calibration.activations import Rows, fitted_to_activations
-from tdkit.calibration.divergence import divergence, outputs_of
+from tdkit.calibration.divergence import are_scores, divergence, divergences, outputs_of
 from tdkit.calibration.following import Following, following
 from tdkit.compression import calibrating
 from tdkit.compression.applying import Applying, Compressed
@@ -398,6 +398,21 @@ def test_behind_the_activation_the_error_is_less() -> None:
         return float((made.relu() - held.outputs.relu()).square().mean())
 
     assert error(found, summand) < 0.9 * error(start, bias)
+
+
+def test_embeddings_and_probabilities_are_no_scores() -> None:
+    values = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    unit = nn.functional.normalize(values, dim=1)
+    assert are_scores(values)
+    assert are_scores(values[:1])
+    for other in (unit, unit[:1], nn.functional.layer_norm(values, (7,)), values.sigmoid()):
+        assert not are_scores(other)
+    other = nn.functional.normalize(unit + 0.1 * values, dim=1)
+    by_hand = (unit - other).square().sum() / (unit - unit.mean()).square().sum()
+    assert divergence([[unit]], [[other]]) == pytest.approx(float(by_hand), rel=1e-5)
+    halves = divergences([[unit[:2]], [unit[2:]]], [[other[:2]], [other[2:]]])
+    assert halves.shape == (5,)
+    assert float(halves.mean()) == pytest.approx(float(by_hand), rel=1e-5)
 
 
 def test_divergence_is_in_nats_for_scores_and_relative_for_the_rest() -> None:
