@@ -29,6 +29,7 @@ class Rows:
     outputs: Tensor
 
 
+@torch.inference_mode(False)
 def fitted_to_activations(
     stages: Sequence[Stage],
     start: Sequence[Tensor],

@@ -71,7 +71,7 @@ def following(model: nn.Module, layers: Sequence[str], inputs: Inputs) -> Mappin
     met: Counter[tuple[str, str]] = Counter()
 
     def hand_on(name: str, output: Any) -> None:
-        if isinstance(output, Tensor):
+        if isinstance(output, Tensor) and not output.is_inference():
             at_hand.append((name, output, output._version))
 
     def returned(name: str, _module: nn.Module, _args: Any, output: Any) -> None:
@@ -110,7 +110,8 @@ def following(model: nn.Module, layers: Sequence[str], inputs: Inputs) -> Mappin
             activations.append(name)
             handles.append(module.register_forward_pre_hook(partial(activated, name)))
     try:
-        run_on_data(model, inputs)
+        with torch.inference_mode(False):  # in which no version is counted
+            run_on_data(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
@@ -142,11 +143,12 @@ def _affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     mean, variance = norm.running_mean, norm.running_var
     assert mean is not None
     assert variance is not None
-    scale = (variance + norm.eps).rsqrt()
-    shift = -mean * scale
-    if norm.affine:
-        scale, shift = scale * norm.weight, shift * norm.weight + norm.bias
-    return scale.detach().float().clone(), shift.detach().float().clone()
+    with torch.inference_mode(False), torch.no_grad():  # gradients are to go through them
+        scale = (variance + norm.eps).rsqrt()
+        shift = -mean * scale
+        if norm.affine:
+            scale, shift = scale * norm.weight, shift * norm.weight + norm.bias
+        return scale.float(), shift.float()
 
 
 def _settings(activation: nn.Module) -> dict[str, Any]:

@@ -78,7 +78,8 @@ def buffer_watch(model: nn.Module) -> Callable[[], bool]:
         now = _tables(model)
         same = [(key, id(x)) for key, x in before] == [(key, id(x)) for key, x in now]
         return not same or any(
-            _version(x) != version or (_can_change_unseen(x) and not torch.equal(x, value))
+            _version(x) != version
+            or ((_can_change_unseen(x) or _counts_nothing(x)) and not torch.equal(x, value))
             for x, version, value in values
         )
 
@@ -100,7 +101,11 @@ def _kept_buffers(model: nn.Module) -> Iterator[None]:
             table.clear()
             table.update(before)
         for buffer, version, value in values:
-            if _version(buffer) != version:
+            if _counts_nothing(buffer):
+                if not torch.equal(buffer, value):
+                    with torch.inference_mode():
+                        buffer.copy_(value)
+            elif _version(buffer) != version:
                 buffer.copy_(value)
             elif _can_change_unseen(buffer):
                 # Writing through .data does not count as a version either. To look whether it is
@@ -110,6 +115,11 @@ def _kept_buffers(model: nn.Module) -> Iterator[None]:
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
+
+
+def _counts_nothing(buffer: Tensor) -> bool:
+    # Inference tensors have no version at all.
+    return buffer.is_inference() and buffer.layout == torch.strided and not buffer.is_meta
 
 
 def _can_change_unseen(buffer: Tensor) -> bool:

@@ -114,6 +114,17 @@ def test_the_same_twice_in_place_and_by_its_plan() -> None:
     assert applied.plan.effort == "best"
 
 
+@pytest.mark.parametrize("effort", ["default", "best"])
+def test_a_caller_in_inference_mode_gets_the_same(effort: str) -> None:
+    dense = model()
+    once = compressed(dense, effort)
+    with torch.inference_mode():
+        again = compressed(dense, effort)
+    assert [step.name for step in again.steps] == ["BatchNorm", "refit"]
+    for key, value in once.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[key]), key
+
+
 def test_what_makes_it_worse_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     def spoil(small: nn.Module, parts: Any, seen: Any, **_: Any) -> Refitted:
         with torch.no_grad():
