@@ -36,7 +36,7 @@ _CALIBRATED = {
 }
 
 
-_OF_THE_PLAN = ("budget", "cost", "metric", "penalty", "planner", "effort", "seed")
+_OF_THE_PLAN = ("budget", "cost", "bounds", "metric", "penalty", "planner", "effort", "seed")
 
 
 @dataclass(frozen=True, eq=False)

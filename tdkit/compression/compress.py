@@ -41,7 +41,7 @@ from tdkit.metrics.base import Metric, relative
 from tdkit.metrics.weights import RELATIVE
 from tdkit.planners.base import Planner
 from tdkit.planners.candidate import Candidate
-from tdkit.planners.objective import choose
+from tdkit.planners.objective import Bound, choose
 
 # Dense weights, in bytes as float64, that are reconstructed and verified at once: an eighth of the
 # model, but as many small layers as fit into this.
@@ -60,9 +60,11 @@ class Goal:
         planner: The planner's name, for the record.
         calibration: What the compressed layers are fitted to; ``data`` needs some.
         effort: How hard, where it is data; one of :data:`tdkit.defaults.EFFORTS`.
+        further: Other costs, and the fraction of each that may remain.
 
     Raises:
-        UsageError: If the budget is no such fraction, or the calibration or the effort unknown.
+        UsageError: If the budget or another bound is no such fraction, a cost is bounded twice, or
+            the calibration or the effort unknown.
     """
 
     budget: float
@@ -71,14 +73,20 @@ class Goal:
     planner: str = defaults.PLANNER
     calibration: Calibration = defaults.NO_DATA_CALIBRATION
     effort: str = defaults.EFFORT
+    further: tuple[tuple[Cost, float], ...] = ()
 
     def __post_init__(self) -> None:
-        number = isinstance(self.budget, int | float) and not isinstance(self.budget, bool)
-        if not number or not 0 < self.budget <= 1:
-            raise UsageError(
-                f"the budget {self.budget!r} is not a fraction above 0 and at most 1",
-                "it is the fraction of the model that remains: 0.5 keeps at most half",
-            )
+        for cost, share in self.shares:
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+                what = "budget" if cost is self.cost else f"bound on {cost.name}"
+                raise UsageError(
+                    f"the {what} {share!r} is not a fraction above 0 and at most 1",
+                    "it is the fraction of the model that remains: 0.5 keeps at most half",
+                )
+        names = [cost.name for cost, _ in self.shares]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise UsageError(f"there are two bounds on {twice}", "leave one of them out")
         if self.calibration not in CALIBRATIONS:
             raise UsageError(
                 f"unknown calibration {self.calibration!r}",
@@ -88,6 +96,11 @@ class Goal:
             raise UsageError(
                 f"unknown effort {self.effort!r}", f"it is one of {', '.join(defaults.EFFORTS)}"
             )
+
+    @property
+    def shares(self) -> tuple[tuple[Cost, float], ...]:
+        """Every cost that is bounded and the fraction that may remain, the budget's first."""
+        return ((self.cost, self.budget), *self.further)
 
 
 @dataclass(frozen=True)
@@ -146,7 +159,7 @@ def larger_than_dense(result: Compressed) -> list[str]:
 
 
 def make_plan(
-    total: int,
+    totals: Mapping[str, int],
     candidates: Sequence[Candidate],
     goal: Goal,
     planner: Planner,
@@ -155,7 +168,7 @@ def make_plan(
     """Choose among scored candidates.
 
     Args:
-        total: The whole model's cost, from :func:`tdkit.costs.base.total_cost`.
+        totals: What the whole model costs, by the name of each cost that the goal bounds.
         candidates: The scored grid.
         goal: The budget and how to count it.
         planner: Chooses.
@@ -164,14 +177,8 @@ def make_plan(
     Raises:
         UsageError: If the budget is out of reach.
     """
-    chosen = choose(
-        candidates,
-        planner,
-        total=total,
-        budget=goal.budget,
-        cost=goal.cost,
-        metric=goal.metric,
-    )
+    bounds = [Bound(cost, share, totals[cost.name]) for cost, share in goal.shares]
+    chosen = choose(candidates, planner, bounds, goal.metric)
     used = sorted({c.method for c in chosen})
     return Plan(
         moves=tuple(Move(c.layer, c.method, c.rank) for c in chosen),
@@ -185,6 +192,7 @@ def make_plan(
         effort=goal.effort,
         settings={name: settings_of(grid.methods[name]) for name in used},
         versions=grid.versions,
+        bounds={cost.name: share for cost, share in goal.further},
         candidates=tuple(chosen),
     )
 
@@ -218,11 +226,11 @@ def compress_model(
         UsageError: If the budget is out of reach or something is missing for it.
         UnsupportedError: If the model cannot be run or compressed.
     """
-    if goal.budget < 1:
+    if min(share for _, share in goal.shares) < 1:
         refuse_closed(traced.layers)
-    if goal.cost.name not in {cost.name for cost in grid.costs}:
-        grid = replace(grid, costs=(*grid.costs, goal.cost))
-    total = total_cost(traced.model, traced.layers, goal.cost)
+    counted = {cost.name: cost for cost in (*grid.costs, *(cost for cost, _ in goal.shares))}
+    grid = replace(grid, costs=tuple(counted.values()))
+    totals = {c.name: total_cost(traced.model, traced.layers, c) for c, _ in goal.shares}
     kept = Kept.beside(traced.model)
     candidates = score(traced, grid, batches=batches, progress=progress, kept=kept)
     put_back: dict[str, str] = {}
@@ -230,7 +238,7 @@ def compress_model(
     while True:
         usable = [c for c in candidates if c.layer not in put_back]
         try:
-            plan = make_plan(total, usable, goal, planner, grid)
+            plan = make_plan(totals, usable, goal, planner, grid)
         except UsageError as error:
             if not put_back:
                 raise

@@ -52,6 +52,7 @@ class Plan:
         effort: How hard, where it is data; one of :data:`tdkit.defaults.EFFORTS`.
         settings: Of the methods of the moves, defaults included, where known.
         versions: Of tdkit and of the plugins that they come from, where known.
+        bounds: The fraction of other costs that may remain, by their names.
         candidates: The scored candidates behind the moves, in the same order, where known.
     """
 
@@ -66,6 +67,7 @@ class Plan:
     effort: str = defaults.OLD_EFFORT
     settings: Settings = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    bounds: Mapping[str, float] = field(default_factory=dict)
     candidates: tuple[Candidate, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
@@ -79,7 +81,9 @@ class Plan:
     def _head(self) -> str:
         if self.budget is None:
             return f"a plan of {len(self.moves)} moves, written by hand"
-        return f"a plan of {len(self.moves)} moves for {self.budget:.0%} of the {self.cost}"
+        shares = {self.cost: self.budget, **self.bounds}.items()
+        what = " and ".join(f"{100 * share:g}% of the {cost}" for cost, share in shares)
+        return f"a plan of {len(self.moves)} moves for {what}"
 
     def table(self) -> Table:
         """The moves, with what is known of their parameters and errors."""
@@ -107,6 +111,7 @@ class Plan:
             "tdkit_plan": FORMAT,
             "budget": self.budget,
             "cost": self.cost,
+            "bounds": dict(self.bounds),
             "metric": self.metric,
             "penalty": self.penalty,
             "planner": self.planner,
@@ -149,7 +154,7 @@ class Plan:
         if effort not in defaults.EFFORTS:
             known = ", ".join(defaults.EFFORTS)
             raise UsageError(f'{source}: "effort" is none of {known}: {effort!r}')
-        if budget is not None and not (type(budget) in (int, float) and 0 < budget <= 1):
+        if budget is not None and not _is_share(budget):
             raise UsageError(
                 f'{source}: "budget" is not a fraction above 0 and at most 1: {budget!r}',
                 "it is for the record: leave it out where it is not known",
@@ -167,6 +172,7 @@ class Plan:
             effort=effort,
             settings=_settings(value.get("settings", {}), source),
             versions=_versions(value.get("versions", {}), source),
+            bounds=_bounds(value.get("bounds", {}), source),
         )
 
 
@@ -182,6 +188,19 @@ def _settings(value: Any, source: str) -> Settings:
             'write them as {"cp": {"sweeps": 20}}, or leave them out',
         )
     return {str(name): dict(settings) for name, settings in value.items()}
+
+
+def _is_share(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value <= 1
+
+
+def _bounds(value: Any, source: str) -> dict[str, float]:
+    if not isinstance(value, Mapping) or not all(map(_is_share, value.values())):
+        raise UsageError(
+            f'{source}: "bounds" are not fractions above 0 and at most 1 by cost',
+            "they are for the record: leave them out where they are not known",
+        )
+    return {str(name): share for name, share in value.items()}
 
 
 def _versions(value: Any, source: str) -> dict[str, str]:

@@ -48,13 +48,13 @@ def test_what_belongs_to_the_scoring_is_refused(model) -> None:
     scores = tdkit.score(model, **GRID)
     with pytest.raises(UsageError, match="keeps, seed belong to the scoring, which is done"):
         tdkit.plan(scores, 0.5, keeps=[0.5], seed=1)
-    with pytest.raises(UsageError, match="no params or no absolute-weights") as refused:
+    with pytest.raises(UsageError, match="the scores have no absolute-weights") as refused:
         tdkit.plan(scores, 0.5, metric="absolute-weights")
     assert "they have params, macs" in str(refused.value.hint)
     with pytest.raises(UsageError, match="smallest reachable"):
         tdkit.plan(scores, 0.01)
     blind = tdkit.score(model, **{**GRID, "input_shape": None})
-    with pytest.raises(UsageError, match="no macs"):
+    with pytest.raises(UsageError, match="the scores have no macs"):
         tdkit.plan(blind, 0.5, cost="macs")
 
 

@@ -11,14 +11,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tdkit.compression.plan import Move, Plan, read_plan
-from tdkit.costs.base import Change
+from tdkit.costs.base import Change, Cost
 from tdkit.costs.macs import MACS
 from tdkit.costs.params import PARAMS
 from tdkit.errors import UnreadableFileError, UsageError
+from tdkit.metrics.base import Metric
 from tdkit.metrics.weights import RELATIVE
 from tdkit.planners.candidate import Candidate
 from tdkit.planners.greedy import greedy
-from tdkit.planners.objective import choose
+from tdkit.planners.objective import Bound, choose
 
 
 def candidate(
@@ -29,10 +30,13 @@ def candidate(
 
 
 def pick(
-    candidates: list[Candidate], budget: float, total: int = 1000, **options: Any
+    candidates: list[Candidate],
+    budget: float,
+    total: int = 1000,
+    cost: Cost = PARAMS,
+    metric: Metric = RELATIVE,
 ) -> list[Any]:
-    options = {"cost": PARAMS, "metric": RELATIVE, **options}
-    return choose(candidates, greedy, total=total, budget=budget, **options)
+    return choose(candidates, greedy, [Bound(cost, budget, total)], metric)
 
 
 MOVES = (Move("a.b", "svd", 3), Move("c", "tucker", (2, 4)))
