@@ -150,7 +150,9 @@ def _solve(
         if least is not None:
             # Savings rounded up and what is needed down: whatever holds the bound holds this one.
             unit = -(-int(np.abs(savings).max()) // _SCALE) or 1
-            rows.append(LinearConstraint(-(-savings // unit).astype(np.float64), lb=least // unit))
+            whole = -(-savings // unit).astype(np.float64)
+            # Of whole numbers it is the same, and what just holds it is held with some room.
+            rows.append(LinearConstraint(whole, lb=least // unit - 0.5))
     while True:
         found = milp(
             objective / (np.abs(objective).max() or 1) * _SCALE,
@@ -166,7 +168,7 @@ def _solve(
         taken: NDArray[np.bool_] = found.x > 0.5
         if (bound := problem.missing(taken, wanted)) is None:
             return taken
-        rows.append(LinearConstraint(problem.more(taken, bound).astype(np.float64), lb=1))
+        rows.append(LinearConstraint(problem.more(taken, bound).astype(np.float64), lb=0.5))
 
 
 def _most(problem: _Problem, wanted: Sequence[int], bound: int) -> int:
