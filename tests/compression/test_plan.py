@@ -50,6 +50,7 @@ FULL = Plan(
     calibration="data",
     settings={"svd": {}, "tucker": {"sweeps": 3, "tolerance": 1e-5, "deep": True, "start": "x"}},
     versions={"tdkit": "1.2", "tdkit-mine": "unknown"},
+    bounds={"params": 0.5},
 )
 
 
@@ -101,6 +102,9 @@ class TestJson:
             ({"versions": {"tdkit": 1.2}}, '"versions" are not versions by name'),
             ({"versions": None}, '"versions" are not versions by name'),
             ({"metric": 5}, '"metric" is not a name'),
+            ({"bounds": None}, '"bounds" are not fractions'),
+            ({"bounds": {"macs": "50%"}}, '"bounds" are not fractions'),
+            ({"bounds": {"macs": 0}}, '"bounds" are not fractions'),
             ({"planner": ["greedy"]}, '"planner" is not a name'),
             ({"cost": None}, '"cost" is not the name of a cost'),
         ],
