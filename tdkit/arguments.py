@@ -42,6 +42,11 @@ def methods(value: object) -> tuple[str, ...]:
 
 
 def keeps(value: object) -> tuple[float, ...]:
+    """Fractions of a layer's parameters; see :func:`fractions`."""
+    return fractions(value, "keeps")
+
+
+def fractions(value: object, key: str) -> tuple[float, ...]:
     """Fractions, at least one; a number is one. Whether they are in range is for others to check.
 
     Raises:
@@ -51,9 +56,22 @@ def keeps(value: object) -> tuple[float, ...]:
         found = tuple(map(_number, _parts(value)))
     except (TypeError, ValueError, RuntimeError):  # the last is a tensor's
         raise UsageError(
-            f"keeps={_shown(value)} is no list of fractions", "write keeps=[0.5, 0.25]"
+            f"{key}={_shown(value)} is no list of fractions", f"write {key}=[0.5, 0.25]"
         ) from None
-    return _some(found, "keeps", "[0.5, 0.25]")
+    return _some(found, key, "[0.5, 0.25]")
+
+
+def bounds(value: object) -> dict[str, Any]:
+    """What may remain of costs, by their names. Whether it is in range is for others to check.
+
+    Raises:
+        UsageError: If it is anything else.
+    """
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise UsageError(f"bounds={_shown(value)} are no bounds", 'write bounds={"macs": 0.5}')
+    return dict(value)
 
 
 def seed(value: object) -> int:

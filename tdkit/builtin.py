@@ -233,11 +233,20 @@ def _greedy() -> Planner:
     return greedy
 
 
+def _exact() -> Planner:
+    from tdkit.planners.exact import create
+
+    return create()
+
+
 @hookimpl
 def tdkit_planners() -> list[PlannerRecord]:
-    """Provide greedy."""
+    """Provide greedy and exact."""
     summary = "least increase of the summed penalties per unit of cost saved, then exchanges"
-    return [PlannerRecord("greedy", summary, _greedy)]
+    return [
+        PlannerRecord("greedy", summary, _greedy),
+        PlannerRecord("exact", "the least summed penalty, also under several bounds", _exact),
+    ]
 
 
 def _layers() -> type[Stage]:

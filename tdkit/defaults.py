@@ -7,9 +7,16 @@ from typing import Final
 BUDGET = 0.5
 """The fraction of the model's cost that may remain."""
 
+BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05, 0.03, 0.02)
+"""Those of a trade-off."""
+
 COST = "params"
 METRIC = "relative-weights"
 PLANNER = "greedy"
+
+SEVERAL_PLANNER = "exact"
+"""Where there are several bounds, which greedy does not hold."""
+
 RULE = "best"
 
 CALIBRATION = "auto"

@@ -313,6 +313,9 @@ def tdkit_datasets() -> list[DatasetRecord]:
 def tdkit_planners() -> list[PlannerRecord]:
     """Provide planners.
 
+    This one knows the budget alone; one that also holds further bounds takes what each has to save
+    as a third argument, see :class:`tdkit.planners.base.BoundsPlanner`.
+
     Example::
 
         from tdkit.hookspecs import PlannerRecord, hookimpl

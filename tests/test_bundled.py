@@ -49,8 +49,8 @@ class Scored:
         return self.traced.model
 
     def plan(self, goal: Goal) -> Plan:
-        total = total_cost(self.model, self.traced.layers, goal.cost)
-        return make_plan(total, self.candidates, goal, greedy, GRID)
+        totals = {goal.cost.name: total_cost(self.model, self.traced.layers, goal.cost)}
+        return make_plan(totals, self.candidates, goal, greedy, GRID)
 
 
 def traced() -> TracedModel:

@@ -17,6 +17,7 @@ from tdkit.layers.inventory import Layer
 from tdkit.layers.stages import Stage
 from tdkit.metrics.base import Difference, Metric
 from tdkit.planners.base import Option, UnreachableError
+from tdkit.planners.exact import exact
 from tdkit.planners.greedy import greedy
 from tdkit.testing import PlannerLaws, check_cost, check_metric, check_planner
 
@@ -136,6 +137,16 @@ def test_planners(planner: Callable[..., Any], reason: str) -> None:
     check_planner(greedy, OPTIONS, 16)
     with pytest.raises(AssertionError, match=reason):
         check_planner(planner, OPTIONS, 16, seed=2)
+
+
+def test_a_planner_that_forgets_a_further_bound() -> None:
+    def forgetful(options: Sequence[Option], needed: int, further: Any = ()) -> list[Option]:
+        return exact(options, needed, (-1000,) * len(further))
+
+    options = [Option("a", 10, 0.3, 0, (-5,)), Option("a", 10, 0.9, 1, (5,))]
+    check_planner(exact, options, 10, further=(5,))
+    with pytest.raises(AssertionError, match="it saves -5 of the 5 needed"):
+        check_planner(forgetful, options, 10, further=(5,))
 
 
 def test_a_planner_that_promises_what_cannot_be() -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tdkit import arguments, defaults
+from tdkit.api.aiming import aim
 from tdkit.api.compression import Compression, Ending, Ready, finish
 from tdkit.api.subject import Given, Model, Subject, open_subject
-from tdkit.compression.compress import Goal, compress_model
+from tdkit.compression.compress import compress_model
 from tdkit.compression.report import state_bytes
 from tdkit.compression.scoring import COMPRESSION_KEEPS, Grid, looks_at_data
 from tdkit.costs.base import CALLS, unknown_cost
@@ -23,7 +24,6 @@ from tdkit.progress import Progress, listening
 from tdkit.recipes import Setting
 from tdkit.registry import (
     load_registry,
-    lookup,
     method_limits,
     method_versions,
     resolve_methods,
@@ -38,11 +38,12 @@ def compress(
     budget: float = defaults.BUDGET,
     *,
     cost: str = defaults.COST,
+    bounds: Mapping[str, float] | None = None,
     methods: str | Sequence[str] | None = None,
     settings: Settings | None = None,
     metric: str | None = None,
     penalty: str | None = None,
-    planner: str = defaults.PLANNER,
+    planner: str | None = None,
     calibration: str = defaults.CALIBRATION,
     effort: str = defaults.EFFORT,
     fold: bool = False,
@@ -88,6 +89,8 @@ def compress(
         budget: The fraction of the whole model's cost that may remain, in (0, 1].
         cost: What the budget counts: ``params``, ``macs`` or a plugin's; MACs need the shape of
             the input.
+        bounds: Fractions of other costs that may remain, held beside the budget:
+            ``{"macs": 0.5}``.
         methods: Names of decompositions; by default each at the keeps where it is fast.
         settings: Of methods: ``{"cp": {"sweeps": 20}}``.
         metric: The error whose penalties, summed over layers, are kept small. Feature metrics
@@ -96,7 +99,7 @@ def compress(
             is nearest to the dense one on them.
         penalty: By what errors add up over layers: ``logarithm``, ``squares`` or ``itself``; by
             the metric's own law if None. See :data:`tdkit.metrics.base.PENALTIES`.
-        planner: The name of the planner.
+        planner: The name of the planner; ``greedy``, or with ``bounds`` ``exact``, if None.
         calibration: What the compressed layers are fitted to: ``data``; ``noise`` images, for
             BatchNorm alone; ``none``; or ``auto``: data where there are some.
         effort: How hard, where it is data: ``fast`` fits BatchNorm's statistics, ``default`` the
@@ -155,16 +158,9 @@ def compress(
     """
     start, registry = time.perf_counter(), load_registry()
     wanted = None if methods is None else arguments.methods(methods)
-    record = lookup(registry.metrics, metric or defaults.METRIC, "metric")
-    chooser = lookup(registry.planners, planner, "planner")
-    goal = Goal(
-        budget,
-        lookup(registry.costs, cost, "cost").create(),
-        record.create().adding_up_by(penalty),
-        chooser.name,
-        effort=effort,
-        fold=fold,
-    )
+    name = metric or defaults.METRIC
+    goal, chooser = aim(registry, budget, cost, bounds, name, penalty, planner, effort)
+    goal = replace(goal, fold=fold)
     found = resolve_methods(registry, wanted, settings)
     grid = Grid(
         found,
@@ -199,8 +195,9 @@ def compress(
         inplace,
     )
     subject = open_subject(model, registry, given)
-    if CALLS in goal.cost.needs and not subject.runs:
-        raise unknown_cost(goal.cost)
+    for counted, _ in goal.shares:
+        if CALLS in counted.needs and not subject.runs:
+            raise unknown_cost(counted)
     ready = ending.check(subject, f"{subject.opened.name}-{goal.budget:g}", [model], grid.seed)
     how = subject.settle(calibration)
     patterns = arguments.names(layers, "layers")
@@ -214,7 +211,7 @@ def compress(
             grid,
             # A plan says how hard to fit to data; it takes no fit to make one.
             replace(goal, calibration=how, effort="fast" if dry_run else effort),
-            chooser.create(),
+            chooser,
             batches=batches,
             calibration=images,
             compare=metric is None and penalty is None,

@@ -36,7 +36,9 @@ _CALIBRATED = {
 }
 
 
-_OF_THE_PLAN = ("budget", "cost", "metric", "penalty", "planner", "effort", "fold", "seed")
+_OF_THE_PLAN = (
+    *("budget", "cost", "bounds", "metric", "penalty", "planner", "effort", "fold", "seed"),
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tdkit import defaults
 from tdkit.api.compress import compress
 from tdkit.api.score import Scores
-from tdkit.api.subject import Model, settled
-from tdkit.compression.compress import Goal, make_plan
+from tdkit.api.subject import Model
 from tdkit.compression.plan import Plan
 from tdkit.errors import UsageError
-from tdkit.registry import load_registry, lookup
 
 
 def plan(
@@ -19,9 +18,10 @@ def plan(
     budget: float = defaults.BUDGET,
     *,
     cost: str = defaults.COST,
+    bounds: Mapping[str, float] | None = None,
     metric: str = defaults.METRIC,
     penalty: str | None = None,
-    planner: str = defaults.PLANNER,
+    planner: str | None = None,
     calibration: str = defaults.CALIBRATION,
     effort: str = defaults.EFFORT,
     **more: Any,
@@ -30,16 +30,17 @@ def plan(
 
     Of a model it is verified like a compression, so that it can be applied as it is. Of scores it
     takes milliseconds, and any number of budgets can be planned from one scoring; it is then made
-    of whatever was scored, where :func:`compress` by default takes some methods at small keeps
-    only and others not at all.
+    of whatever was scored: with ``keeps="compress"`` what :func:`compress` considers, so that the
+    plans are the same, and with the keeps of the paper less.
 
     Args:
         model: A module, a file, a registered name, or what :func:`score` returned.
         budget: The fraction of the whole model's cost that may remain, in (0, 1].
         cost: What the budget counts.
+        bounds: Fractions of other costs that may remain: ``{"macs": 0.5}``.
         metric: The error whose penalties, summed over layers, are kept small.
         penalty: By what errors add up over layers; by the metric's own law if None.
-        planner: The name of the planner.
+        planner: The name of the planner; ``greedy``, or with ``bounds`` ``exact``, if None.
         calibration: What the layers are to be fitted to; of scores, ``auto`` is noise.
         effort: How hard, where it is data.
         **more: Of a model, whatever else :func:`compress` takes.
@@ -48,27 +49,13 @@ def plan(
         UsageError: If an option is wrong or the budget is out of reach.
         UnsupportedError: If the model cannot be copied, run or compressed.
     """
+    how: dict[str, Any] = {"cost": cost, "bounds": bounds, "metric": metric, "penalty": penalty}
+    how |= {"planner": planner, "calibration": calibration, "effort": effort}
     if not isinstance(model, Scores):
-        more |= {"metric": metric, "penalty": penalty, "planner": planner}
-        more |= {"calibration": calibration, "effort": effort}
-        return compress(model, budget, cost=cost, dry_run=True, **more).plan
+        return compress(model, budget, dry_run=True, **how, **more).plan
     if more:
         raise UsageError(
             f"{', '.join(more)} belong to the scoring, which is done",
             "say it where the scores are made",
         )
-    registry = load_registry()
-    chooser = lookup(registry.planners, planner, "planner")
-    goal = Goal(
-        budget,
-        lookup(registry.costs, cost, "cost").create(),
-        lookup(registry.metrics, metric, "metric").create().adding_up_by(penalty),
-        chooser.name,
-        settled(calibration, defaults.NO_DATA_CALIBRATION),
-        effort,
-    )
-    total = model.totals.get(goal.cost.name)
-    if total is None or not all(goal.metric.name in c.errors for c in model.candidates):
-        there = f"they have {', '.join(model.totals)} and {', '.join(model.metrics)}"
-        raise UsageError(f"the scores have no {goal.cost.name} or no {goal.metric.name}", there)
-    return make_plan(total, model.candidates, goal, chooser.create(), model.grid)
+    return model.plan(budget, **how)

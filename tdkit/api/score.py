@@ -11,20 +11,34 @@ from typing import Any
 import torch
 
 from tdkit import arguments, defaults
+from tdkit.api.aiming import aim
 from tdkit.api.compress import Settings
 from tdkit.api.files import DEFAULT
-from tdkit.api.subject import Given, Model, open_subject
-from tdkit.compression.compress import refuse_closed
-from tdkit.compression.scoring import PAPER_KEEPS, Grid, looks_at_data
+from tdkit.api.subject import Given, Model, open_subject, settled
+from tdkit.api.tradeoff import Point, TradeOff
+from tdkit.compression.compress import make_plan, refuse_closed
+from tdkit.compression.plan import Plan
+from tdkit.compression.scoring import COMPRESSION_KEEPS, PAPER_KEEPS, Grid, looks_at_data
 from tdkit.compression.scoring import score as score_candidates
 from tdkit.costs.base import CALLS, Cost, total_cost
-from tdkit.errors import first_line
+from tdkit.errors import UsageError, first_line
 from tdkit.files import atomic_write, check_writable
 from tdkit.layers.traced import TracedModel
 from tdkit.planners.candidate import Candidate, to_json
+from tdkit.planners.objective import OutOfReachError
 from tdkit.progress import Progress, listening
-from tdkit.registry import Registry, load_registry, lookup, method_versions, resolve_methods
+from tdkit.registry import (
+    Registry,
+    load_registry,
+    lookup,
+    method_limits,
+    method_versions,
+    resolve_methods,
+)
 from tdkit.tables import Table, sizes
+
+KEEPS_OF_COMPRESS = "compress"
+"""What stands for the keeps and methods that ``tdkit.compress`` considers."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +91,54 @@ class Scores:
             "candidates": [to_json(candidate) for candidate in self.candidates],
         }
 
+    def plan(
+        self,
+        budget: float = defaults.BUDGET,
+        *,
+        cost: str = defaults.COST,
+        bounds: Mapping[str, float] | None = None,
+        metric: str = defaults.METRIC,
+        penalty: str | None = None,
+        planner: str | None = None,
+        calibration: str = defaults.CALIBRATION,
+        effort: str = defaults.EFFORT,
+    ) -> Plan:
+        """Choose among the candidates, without scoring again; see :func:`tdkit.plan`.
+
+        Raises:
+            UsageError: If an option is wrong or the budget is out of reach.
+        """
+        how = settled(calibration, defaults.NO_DATA_CALIBRATION)
+        goal, chooser = aim(load_registry(), budget, cost, bounds, metric, penalty, planner, effort)
+        lacking = [c.name for c, _ in goal.shares if c.name not in self.totals]
+        if not all(goal.metric.name in c.errors for c in self.candidates):
+            lacking.append(goal.metric.name)
+        if lacking:
+            there = f"they have {', '.join(self.totals)} and {', '.join(self.metrics)}"
+            raise UsageError(f"the scores have no {' and no '.join(lacking)}", there)
+        goal = replace(goal, calibration=how)
+        return make_plan(self.totals, self.candidates, goal, chooser, self.grid)
+
+    def trade_off(self, budgets: float | Sequence[float] | None = None, **options: Any) -> TradeOff:
+        """What is to be had at every budget: a plan for each, without scoring again.
+
+        Args:
+            budgets: Fractions that may remain; some from 0.9 to 0.02 by default.
+            **options: What :meth:`plan` takes beside the budget.
+
+        Raises:
+            UsageError: If an option is wrong; a budget out of reach is a row that says so.
+        """
+        asked = defaults.BUDGETS if budgets is None else arguments.fractions(budgets, "budgets")
+        return TradeOff(tuple(self._point(budget, options) for budget in asked), self.model)
+
+    def _point(self, budget: float, options: Mapping[str, Any]) -> Point:
+        try:
+            plan = self.plan(budget, **options)
+        except OutOfReachError as error:
+            return Point(budget, None, {}, None, str(error))
+        return Point.of(plan, self.totals)
+
     def save(self, path: str | Path, *, force: bool = False) -> Path:
         """Write the candidates as JSON.
 
@@ -99,7 +161,7 @@ def score(
     rule: str = defaults.RULE,
     methods: str | Sequence[str] | None = None,
     settings: Settings | None = None,
-    keeps: float | Sequence[float] | None = None,
+    keeps: float | str | Sequence[float] | None = None,
     layers: str | Sequence[str] = (),
     include_ends: bool = False,
     input_shape: str | Sequence[int] | None = None,
@@ -126,7 +188,9 @@ def score(
             :meth:`tdkit.decompositions.base.Prepared.rank`.
         methods: Names of decompositions; all of them by default.
         settings: Of methods: ``{"cp": {"sweeps": 20}}``.
-        keeps: Fractions of a layer's parameters; those of the paper by default.
+        keeps: Fractions of a layer's parameters; those of the paper by default. ``compress``
+            stands for what :func:`compress` considers: more of them, and by default each method
+            only where it is fast, so that plans of the scores are those that it makes.
         layers: Shell patterns of layer names; all by default.
         include_ends: Score the first and the last layer too.
         input_shape: See :func:`compress`, as for all that follows.
@@ -152,14 +216,20 @@ def score(
     registry = load_registry()
     names = arguments.names(metrics, "metrics")
     found = [lookup(registry.metrics, name, "metric") for name in names]
-    wanted = list(registry.decompositions) if methods is None else arguments.methods(methods)
+    planning = isinstance(keeps, str) and keeps == KEEPS_OF_COMPRESS
+    wanted = None if methods is None else arguments.methods(methods)
+    usual = COMPRESSION_KEEPS if planning else PAPER_KEEPS
+    limits = method_limits(registry, wanted) if planning else {}
+    if wanted is None and not planning:
+        wanted = tuple(registry.decompositions)
     chosen = resolve_methods(registry, wanted, settings)
     grid = Grid(
         chosen,
         [record.create() for record in found],
-        PAPER_KEEPS if keeps is None else arguments.keeps(keeps),
+        usual if keeps is None or planning else arguments.keeps(keeps),
         rule,
         arguments.seed(seed),
+        limits=limits,
         versions=method_versions(registry, chosen),
     )
     given = Given(

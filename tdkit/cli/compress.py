@@ -20,6 +20,7 @@ def compress(
     cost: Annotated[
         str, typer.Option(help="What the budget counts: params, macs or a plugin's.")
     ] = defaults.COST,
+    bound: options.Bound = None,
     output: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("--output", "-o", help="Where the model goes; MODEL-BUDGET.pt if unset."),
@@ -41,8 +42,9 @@ def compress(
         typer.Option(help="What errors add up by: logarithm, squares, itself; else the metric's."),
     ] = None,
     planner: Annotated[
-        str, typer.Option(help="How to choose among candidates.")
-    ] = defaults.PLANNER,
+        Optional[str],  # noqa: UP045
+        typer.Option(help="How to choose among candidates; greedy, with --bound exact, if unset."),
+    ] = None,
     keeps: options.Keeps = None,
     calibration: options.Calibration = defaults.CALIBRATION,
     effort: Annotated[
@@ -78,6 +80,7 @@ def compress(
     from tdkit.cli.display import note, remark, say, stdout
     from tdkit.cli.parsing import (
         file_json,
+        parse_bounds,
         parse_fraction,
         parse_keeps,
         parse_names,
@@ -88,12 +91,14 @@ def compress(
 
     fraction, names = parse_fraction(budget, "--budget"), parse_names(methods, "--methods")
     fractions, settings = parse_keeps(keeps), parse_settings(set)
+    bounds = parse_bounds(bound)
     tell_unused_plugins()
     with resumable(resume, finetune is not None), told_notes():
         result = tdkit.compress(
             model,
             fraction,
             cost=cost,
+            bounds=bounds,
             methods=names,
             settings=settings,
             metric=metric,

@@ -70,6 +70,13 @@ Keeps = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(metavar="K,...", help="Fractions of a layer's parameters to consider."),
 ]
+Bound = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        metavar="COST=FRACTION",
+        help="What else may remain, held beside the budget: macs=0.5; repeatable.",
+    ),
+]
 Format = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(help="module, state-dict, safetensors, onnx or pt2; as the input if unset."),

@@ -53,6 +53,25 @@ def parse_keeps(text: str | None) -> list[float] | None:
     return None if names is None else [parse_fraction(keep, "--keeps") for keep in names]
 
 
+def parse_bounds(texts: Sequence[str] | None) -> dict[str, float]:
+    """Read bounds such as macs=0.5.
+
+    Raises:
+        UsageError: If one has another form, is no fraction, or is given twice.
+    """
+    found: dict[str, float] = {}
+    for text in texts or ():
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not (equals and name):
+            raise UsageError(
+                f"--bound {text!r} is no bound", "write COST=FRACTION: --bound macs=0.5"
+            )
+        if name in found:
+            raise UsageError(f"--bound bounds {name} twice", "leave one of them out")
+        found[name] = parse_fraction(value, f"--bound {name}")
+    return found
+
+
 def parse_settings(texts: Sequence[str] | None) -> dict[str, dict[str, Any]]:
     """Read settings such as cp.sweeps=20.
 

@@ -26,6 +26,12 @@ def score(
     samples: Annotated[
         int, typer.Option(min=1, help="Images for feature metrics.")
     ] = defaults.SCORE_SAMPLES,
+    trade_off: Annotated[
+        bool,
+        typer.Option(
+            "--trade-off", help="Score what compress considers, and print what is to be had of it."
+        ),
+    ] = False,
     methods: options.Methods = None,
     set: options.Set = None,
     keeps: options.Keeps = None,
@@ -62,7 +68,7 @@ def score(
         rule=rule,
         methods=names,
         settings=settings,
-        keeps=fractions,
+        keeps="compress" if trade_off and fractions is None else fractions,
         layers=layers or (),
         include_ends=include_ends,
         input_shape=input_shape,
@@ -79,10 +85,13 @@ def score(
         force=force,
         progress=True,
     )
+    curve = scores.trade_off(metric=scores.metrics[0]) if trade_off else None
     if json:
-        stdout().out(file_json(scores.to_json()), end="")
+        stdout().out(file_json((curve or scores).to_json()), end="")
     else:
-        for name in scores.metrics:
+        if curve is not None:
+            show_table(curve.table())
+        for name in scores.metrics if curve is None else ():
             show_table(scores.table(name), name)
         say(f"\nwrote {scores.written}, {len(scores.candidates)} candidates")
     tell_notes(scores.notes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # Where one thing is given at a time and the option is repeated, it is in the singular.
-_OPTIONS = {"allow_classes": "--allow-class"}
+_OPTIONS = {"allow_classes": "--allow-class", "bounds": "--bound"}
 
 # What is a job of its own in Python, and an option of another one here.
 _COMMANDS = {"plan": "tdkit compress --dry-run"}

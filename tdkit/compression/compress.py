@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -29,7 +30,7 @@ from tdkit.metrics.base import Metric
 from tdkit.metrics.weights import RELATIVE
 from tdkit.planners.base import Planner
 from tdkit.planners.candidate import Candidate
-from tdkit.planners.objective import choose
+from tdkit.planners.objective import Bound, choose
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,11 @@ class Goal:
         calibration: What the compressed layers are fitted to; ``data`` needs some.
         effort: How hard, where it is data; one of :data:`tdkit.defaults.EFFORTS`.
         fold: Whether BatchNorms are folded into the layers before them in the end.
+        further: Other costs, and the fraction of each that may remain.
 
     Raises:
-        UsageError: If the budget is no such fraction, or the calibration or the effort unknown.
+        UsageError: If the budget or another bound is no such fraction, a cost is bounded twice, or
+            the calibration or the effort unknown.
     """
 
     budget: float
@@ -56,14 +59,20 @@ class Goal:
     calibration: Calibration = defaults.NO_DATA_CALIBRATION
     effort: str = defaults.EFFORT
     fold: bool = False
+    further: tuple[tuple[Cost, float], ...] = ()
 
     def __post_init__(self) -> None:
-        number = isinstance(self.budget, int | float) and not isinstance(self.budget, bool)
-        if not number or not 0 < self.budget <= 1:
-            raise UsageError(
-                f"the budget {self.budget!r} is not a fraction above 0 and at most 1",
-                "it is the fraction of the model that remains: 0.5 keeps at most half",
-            )
+        for cost, share in self.shares:
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+                what = "budget" if cost is self.cost else f"bound on {cost.name}"
+                raise UsageError(
+                    f"the {what} {share!r} is not a fraction above 0 and at most 1",
+                    "it is the fraction of the model that remains: 0.5 keeps at most half",
+                )
+        names = [cost.name for cost, _ in self.shares]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise UsageError(f"there are two bounds on {twice}", "leave one of them out")
         if self.calibration not in CALIBRATIONS:
             raise UsageError(
                 f"unknown calibration {self.calibration!r}",
@@ -74,37 +83,38 @@ class Goal:
                 f"unknown effort {self.effort!r}", f"it is one of {', '.join(defaults.EFFORTS)}"
             )
 
+    @property
+    def shares(self) -> tuple[tuple[Cost, float], ...]:
+        """Every cost that is bounded and the fraction that may remain, the budget's first."""
+        return ((self.cost, self.budget), *self.further)
+
 
 def make_plan(
-    total: int,
+    totals: Mapping[str, int],
     candidates: Sequence[Candidate],
     goal: Goal,
     planner: Planner,
     grid: Grid,
-    spared: int = 0,
+    spared: Mapping[str, int] = MappingProxyType({}),
 ) -> Plan:
     """Choose among scored candidates.
 
     Args:
-        total: The whole model's cost, from :func:`tdkit.costs.base.total_cost`.
+        totals: What the whole model costs, by the name of each cost that the goal bounds.
         candidates: The scored grid.
         goal: The budget and how to count it.
         planner: Chooses.
         grid: What was scored: seed, settings and versions go into the plan.
-        spared: What falls away whatever is chosen.
+        spared: What falls away of a cost whatever is chosen, by its name.
 
     Raises:
         UsageError: If the budget is out of reach.
     """
-    chosen = choose(
-        candidates,
-        planner,
-        total=total,
-        budget=goal.budget,
-        cost=goal.cost,
-        metric=goal.metric,
-        spared=spared,
-    )
+    bounds = [
+        Bound(cost, share, totals[cost.name], spared.get(cost.name, 0))
+        for cost, share in goal.shares
+    ]
+    chosen = choose(candidates, planner, bounds, goal.metric)
     used = sorted({c.method for c in chosen})
     return Plan(
         moves=tuple(Move(c.layer, c.method, c.rank) for c in chosen),
@@ -119,6 +129,7 @@ def make_plan(
         fold=goal.fold,
         settings={name: settings_of(grid.methods[name]) for name in used},
         versions=grid.versions,
+        bounds={cost.name: share for cost, share in goal.further},
         candidates=tuple(chosen),
     )
 
@@ -155,10 +166,11 @@ def compress_model(
         UsageError: If the budget is out of reach or something is missing for it.
         UnsupportedError: If the model cannot be run or compressed.
     """
-    if goal.budget < 1:
+    if min(share for _, share in goal.shares) < 1:
         refuse_closed(traced.layers)
-    if goal.cost.name not in {cost.name for cost in grid.costs}:
-        grid = replace(grid, costs=(*grid.costs, goal.cost))
+    counted = {cost.name: cost for cost in (*grid.costs, *(cost for cost, _ in goal.shares))}
+    grid = replace(grid, costs=tuple(counted.values()))
+    totals = {c.name: total_cost(traced.model, traced.layers, c) for c, _ in goal.shares}
     kept = Kept.beside(traced.model)
     drafts = [
         Draft(goal.metric, score(traced, grid, batches=batches, progress=progress, kept=kept))
@@ -167,8 +179,7 @@ def compress_model(
         drafts += drafts_from_data(traced, grid, goal.effort, calibration, progress)
     applying = Applying(traced, grid.methods, calibration, batches, grid.costs, refitting, kept, {})
     folding = Folding.of(traced, grid.costs) if goal.fold else Folding()
-    total = total_cost(traced.model, traced.layers, goal.cost)
-    job = _Job(applying, grid, goal, planner, total, folding)
+    job = _Job(applying, grid, goal, planner, totals, folding)
     with Surgery(traced) as surgery:
         return applying.finished(job.best(drafts, surgery), folding, surgery)
 
@@ -181,7 +192,7 @@ class _Job:
     grid: Grid
     goal: Goal
     planner: Planner
-    total: int
+    totals: Mapping[str, int]
     folding: Folding
 
     def best(self, drafts: Sequence[Draft], surgery: Surgery) -> Compressed:
@@ -235,9 +246,9 @@ class _Job:
             if c.layer not in put_back and takes(c.layer, methods[c.method], c.rank)
         ]
         goal = replace(self.goal, metric=draft.metric)
-        spared = self.folding.saving(goal.cost.name)
+        spared = {name: self.folding.saving(name) for name in self.totals}
         try:
-            return make_plan(self.total, usable, goal, self.planner, self.grid, spared)
+            return make_plan(self.totals, usable, goal, self.planner, self.grid, spared)
         except UsageError as error:
             if not put_back:
                 raise

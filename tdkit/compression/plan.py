@@ -53,6 +53,7 @@ class Plan:
         fold: Whether BatchNorms are folded into the layers before them in the end.
         settings: Of the methods of the moves, defaults included, where known.
         versions: Of tdkit and of the plugins that they come from, where known.
+        bounds: The fraction of other costs that may remain, by their names.
         candidates: The scored candidates behind the moves, in the same order, where known.
     """
 
@@ -68,6 +69,7 @@ class Plan:
     fold: bool = False
     settings: Settings = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    bounds: Mapping[str, float] = field(default_factory=dict)
     candidates: tuple[Candidate, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
@@ -81,7 +83,9 @@ class Plan:
     def _head(self) -> str:
         if self.budget is None:
             return f"a plan of {len(self.moves)} moves, written by hand"
-        return f"a plan of {len(self.moves)} moves for {self.budget:.0%} of the {self.cost}"
+        shares = {self.cost: self.budget, **self.bounds}.items()
+        what = " and ".join(f"{100 * share:g}% of the {cost}" for cost, share in shares)
+        return f"a plan of {len(self.moves)} moves for {what}"
 
     def table(self) -> Table:
         """The moves, with what is known of their parameters and errors."""
@@ -109,6 +113,7 @@ class Plan:
             "tdkit_plan": FORMAT,
             "budget": self.budget,
             "cost": self.cost,
+            "bounds": dict(self.bounds),
             "metric": self.metric,
             "penalty": self.penalty,
             "planner": self.planner,
@@ -155,7 +160,7 @@ class Plan:
         fold = value.get("fold", False)
         if not isinstance(fold, bool):
             raise UsageError(f'{source}: "fold" is neither true nor false: {fold!r}')
-        if budget is not None and not (type(budget) in (int, float) and 0 < budget <= 1):
+        if budget is not None and not _is_share(budget):
             raise UsageError(
                 f'{source}: "budget" is not a fraction above 0 and at most 1: {budget!r}',
                 "it is for the record: leave it out where it is not known",
@@ -174,6 +179,7 @@ class Plan:
             fold=fold,
             settings=_settings(value.get("settings", {}), source),
             versions=_versions(value.get("versions", {}), source),
+            bounds=_bounds(value.get("bounds", {}), source),
         )
 
 
@@ -189,6 +195,19 @@ def _settings(value: Any, source: str) -> Settings:
             'write them as {"cp": {"sweeps": 20}}, or leave them out',
         )
     return {str(name): dict(settings) for name, settings in value.items()}
+
+
+def _is_share(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value <= 1
+
+
+def _bounds(value: Any, source: str) -> dict[str, float]:
+    if not isinstance(value, Mapping) or not all(map(_is_share, value.values())):
+        raise UsageError(
+            f'{source}: "bounds" are not fractions above 0 and at most 1 by cost',
+            "they are for the record: leave them out where they are not known",
+        )
+    return {str(name): share for name, share in value.items()}
 
 
 def _versions(value: Any, source: str) -> dict[str, str]:

@@ -33,7 +33,7 @@ def with_bytes(monkeypatch) -> None:
     registry = load_registry()
     costs = {**registry.costs, "bytes": CostRecord("bytes", "of the parameters", Bytes)}
     more = replace(registry, costs=costs)
-    for job in ("compress", "score", "plan"):
+    for job in ("compress", "score"):
         monkeypatch.setattr(f"tdkit.api.{job}.load_registry", lambda: more)
 
 

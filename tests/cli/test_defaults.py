@@ -17,7 +17,12 @@ from tdkit.cli import app
 COMMANDS = {each.callback.__name__: each.callback for each in app.registered_commands}
 
 # What the shell repeats has a name in the singular; a score of one error is asked for as one.
-NAMES = {"allow_class": "allow_classes", "set": "settings", ("score", "metric"): "metrics"}
+NAMES = {
+    "allow_class": "allow_classes",
+    "bound": "bounds",
+    "set": "settings",
+    ("score", "metric"): "metrics",
+}
 
 # In Python a model that is handed over stays where it is.
 ELSEWHERE = {"device"}
@@ -53,7 +58,7 @@ def test_every_option_is_one_of_the_function_or_about_printing(command) -> None:
         NAMES.get((command, name), NAMES.get(name, name))
         for name in inspect.signature(COMMANDS[command]).parameters
     }
-    assert shell - python <= {"json", "dry_run", "no_report"}
+    assert shell - python <= {"json", "dry_run", "no_report", "trade_off"}
 
 
 # By the name of an option what it may be when nobody says.

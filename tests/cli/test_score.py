@@ -120,3 +120,21 @@ def test_a_model_with_nothing_to_score_is_refused_with_the_reasons(tdkit, tmp_pa
     assert done.status == 5
     assert "no layer of the model can be compressed: the first layer is kept dense" in done.stderr
     assert not (tmp_path / "ends-scores.json").exists()
+
+
+def test_a_trade_off_is_of_what_compress_considers(tdkit, toy) -> None:
+    done = tdkit("score", "toy.pt", "--trade-off", "--input-shape", "1,12,12")
+    assert done.status == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["budget", "parameters", "macs", "penalty", "moves"]
+    rows = {line.split()[0]: line.split()[1:] for line in lines[1:] if line}
+    report = json.loads(
+        tdkit("compress", "toy.pt", "-b", "0.5", "--input-shape", "1,12,12", "--json").stdout
+    )
+    params, macs, _, moves = rows["0.5"]
+    assert int(params.replace(",", "")) == report["params_after"]
+    assert int(macs.replace(",", "")) == report["macs_after"]
+    assert int(moves) == len(report["moves"])
+    assert "out of reach" in lines[-3]
+    curve = json.loads(tdkit("score", "toy.pt", "--trade-off", "--json", "--force").stdout)
+    assert [point["budget"] for point in curve["points"]][:2] == [0.9, 0.8]

@@ -107,3 +107,32 @@ def test_a_cost_of_an_installed_plugin_is_a_budgets(tdkit, toy, install, tmp_pat
     assert plan["cost"] == "bytes"
     assert {move["layer"] for move in plan["moves"]} <= {"2", "4"}
     assert "bytes" in tdkit("plugins").stdout
+
+
+def test_bounds_beside_the_budget_are_held_and_recorded(tdkit, toy, tmp_path) -> None:
+    given = ("--budget", "0.7", "--bound", "macs=60%", "--input-shape", "1,12,12")
+    done = tdkit("compress", "toy.pt", *given, "-o", "small.pt", "--json")
+    assert done.status == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["bounds"], report["planner"]) == ({"macs": 0.6}, "exact")
+    assert report["params_after"] <= 0.7 * report["params_before"]
+    assert report["macs_after"] <= 0.6 * report["macs_before"]
+    assert json.loads((tmp_path / "small.pt.plan.json").read_text())["bounds"] == {"macs": 0.6}
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("macs",), "--bound 'macs' is no bound\nhint: write COST=FRACTION: --bound macs=0.5"),
+        (("=0.5",), "--bound '=0.5' is no bound"),
+        (("macs=2",), "--bound macs '2' is not a fraction"),
+        (("macs=0.5", "macs=0.4"), "--bound bounds macs twice"),
+        (("params=0.5",), "there are two bounds on params"),
+        (("macs=0.5",), "MACs are unknown without the shape of the input"),
+    ],
+)
+def test_wrong_bounds_are_refused(tdkit, toy, given, says) -> None:
+    bounds = [word for each in given for word in ("--bound", each)]
+    done = tdkit("compress", "toy.pt", *bounds)
+    assert done.status == 2
+    assert says in done.stderr

@@ -11,14 +11,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tdkit.compression.plan import Move, Plan, read_plan
-from tdkit.costs.base import Change
+from tdkit.costs.base import Change, Cost
 from tdkit.costs.macs import MACS
 from tdkit.costs.params import PARAMS
 from tdkit.errors import UnreadableFileError, UsageError
+from tdkit.metrics.base import Metric
 from tdkit.metrics.weights import RELATIVE
 from tdkit.planners.candidate import Candidate
 from tdkit.planners.greedy import greedy
-from tdkit.planners.objective import choose
+from tdkit.planners.objective import Bound, choose
 
 
 def candidate(
@@ -29,10 +30,13 @@ def candidate(
 
 
 def pick(
-    candidates: list[Candidate], budget: float, total: int = 1000, **options: Any
+    candidates: list[Candidate],
+    budget: float,
+    total: int = 1000,
+    cost: Cost = PARAMS,
+    metric: Metric = RELATIVE,
 ) -> list[Any]:
-    options = {"cost": PARAMS, "metric": RELATIVE, **options}
-    return choose(candidates, greedy, total=total, budget=budget, **options)
+    return choose(candidates, greedy, [Bound(cost, budget, total)], metric)
 
 
 MOVES = (Move("a.b", "svd", 3), Move("c", "tucker", (2, 4)))
@@ -46,6 +50,7 @@ FULL = Plan(
     calibration="data",
     settings={"svd": {}, "tucker": {"sweeps": 3, "tolerance": 1e-5, "deep": True, "start": "x"}},
     versions={"tdkit": "1.2", "tdkit-mine": "unknown"},
+    bounds={"params": 0.5},
 )
 
 
@@ -97,6 +102,9 @@ class TestJson:
             ({"versions": {"tdkit": 1.2}}, '"versions" are not versions by name'),
             ({"versions": None}, '"versions" are not versions by name'),
             ({"metric": 5}, '"metric" is not a name'),
+            ({"bounds": None}, '"bounds" are not fractions'),
+            ({"bounds": {"macs": "50%"}}, '"bounds" are not fractions'),
+            ({"bounds": {"macs": 0}}, '"bounds" are not fractions'),
             ({"planner": ["greedy"]}, '"planner" is not a name'),
             ({"cost": None}, '"cost" is not the name of a cost'),
         ],

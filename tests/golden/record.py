@@ -49,12 +49,12 @@ def record(name: str) -> dict[str, Any]:
     grid = Grid(methods, metrics, limits=method_limits(registry))
     planner = lookup(registry.planners, "greedy", "planner").create()
     candidates = score(traced, grid)
-    total = total_cost(model, traced.layers, PARAMS)
+    totals = {"params": total_cost(model, traced.layers, PARAMS)}
     specs = {layer.name: layer.spec for layer in traced.layers}
     plans = {}
     for budget in BUDGETS[name]:
         goal = Goal(budget, metric=metrics[0], calibration="none")
-        plan = make_plan(total, candidates, goal, planner, grid)
+        plan = make_plan(totals, candidates, goal, planner, grid)
         result = apply_plan(TracedModel.of(model), plan, methods)
         plans[str(budget)] = [
             [

@@ -23,7 +23,7 @@ from tdkit.metrics.base import Difference, Metric, penalties
 from tdkit.planners.base import Option
 from tdkit.planners.candidate import Candidate
 from tdkit.planners.greedy import greedy
-from tdkit.planners.objective import choose
+from tdkit.planners.objective import Bound, choose
 
 
 def noise(error: float, norm: float, size: int) -> float:
@@ -137,7 +137,7 @@ def mine(penalty: str) -> Metric:
 def pick(
     candidates: Sequence[Candidate], metric: Metric, budget: float, planner: Any = greedy
 ) -> list[Candidate]:
-    return choose(candidates, planner, total=10_000, budget=budget, cost=PARAMS, metric=metric)
+    return choose(candidates, planner, [Bound(PARAMS, budget, 10_000)], metric)
 
 
 @pytest.mark.parametrize("penalty", ["squares", "itself"])
