@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tdkit.calibration.curvature import ROWS
 from tdkit.compression.scoring import Grid, score
 from tdkit.decompositions.whitening import DataAware
 from tdkit.layers.traced import TracedModel
@@ -15,6 +16,9 @@ from tdkit.planners.candidate import Candidate
 
 # Errors and norms are in the metric of the inputs already.
 _IN_METRIC = replace(WHITENED, compare=None, value=relative)
+
+# Multiply-accumulates beyond which the default effort makes one plan: about a quarter of a minute.
+_MOST = 5 * 10**11
 
 # Fractions of a layer that are scored with fitted factors, and the steps of the fit.
 _KEEPS = (0.02, 0.03, 0.045, 0.06, 0.08, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7)
@@ -43,6 +47,8 @@ def drafts_from_data(
 ) -> list[Draft]:
     """The same candidates as they are once their factors are fitted to data, by what these say.
 
+    None where that takes too long for an effort that is not the best.
+
     Args:
         traced: The dense model.
         grid: The methods, and what else is scored.
@@ -53,6 +59,8 @@ def drafts_from_data(
     Raises:
         UnsupportedError: If a method fails on a layer, or the model on the data.
     """
+    if effort != "best" and _work(traced) > _MOST:
+        return []
     metrics = [_IN_METRIC, GAUSS_NEWTON] if effort == "best" else [_IN_METRIC]
     fitted = replace(
         grid,
@@ -62,3 +70,13 @@ def drafts_from_data(
     )
     candidates = score(traced, fitted, batches=batches, progress=progress)
     return [Draft(metric, candidates) for metric in metrics]
+
+
+def _work(traced: TracedModel) -> int:
+    """Multiply-accumulates of the covariances of all layers."""
+    widths = [
+        layer.spec.per_group().weight_parameters // layer.spec.per_group().out_channels
+        for layer in traced.layers
+        if layer.spec is not None and layer.reason is None
+    ]
+    return ROWS * sum(width**2 for width in widths)

@@ -14,7 +14,7 @@ import tdkit
 from tdkit.calibration.activations import Rows, fitted_to_activations
 from tdkit.calibration.divergence import are_scores, divergence, divergences, outputs_of
 from tdkit.calibration.following import Following, following
-from tdkit.compression import calibrating
+from tdkit.compression import calibrating, drafts
 from tdkit.compression.applying import Applying, Compressed
 from tdkit.compression.refit import Refitted
 from tdkit.decompositions.base import prepared
@@ -439,3 +439,11 @@ def test_divergence_is_in_nats_for_scores_and_relative_for_the_rest() -> None:
     masked = torch.tensor([[1.0, -torch.inf, 0.0]])
     assert divergence([[masked]], [[masked]]) == 0
     assert divergence([[tokens]], [[tokens[:2]]]) == float("inf")
+
+
+def test_where_covariances_take_long_there_is_one_plan_unless_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(drafts, "_MOST", 10)
+    assert compressed(model(), "default", metric=None).compared == 1
+    assert compressed(model(), "best", metric=None).compared > 1
