@@ -95,7 +95,8 @@ def compress(
             the metric's own law if None. See :data:`tdkit.metrics.base.PENALTIES`.
         planner: The name of the planner.
         calibration: What the compressed layers are fitted to: ``data``; ``noise`` images, for
-            BatchNorm alone; ``none``; or ``auto``: data where there are some.
+            BatchNorm alone; ``synthetic`` ones, made of its statistics, likewise; ``none``; or
+            ``auto``: data where there are some.
         effort: How hard, where it is data: ``fast`` fits BatchNorm's statistics, ``default`` the
             factors of every layer to what the compressed layers before it deliver, ``best`` those
             to the activation that follows, too.

@@ -109,6 +109,7 @@ class Compressed:
             for it.
         steps: What was fitted to data one after the other, and what each step made of the outputs.
         notes: What the user should know of that.
+        instead: What BatchNorm is calibrated on where that is not what the plan says.
     """
 
     model: nn.Module
@@ -122,6 +123,7 @@ class Compressed:
     uncalibrated: str | None = None
     steps: tuple[Step, ...] = ()
     notes: tuple[str, ...] = ()
+    instead: Calibration | None = None
 
     @property
     def refitted(self) -> bool:
@@ -132,7 +134,8 @@ class Compressed:
     def calibrated(self) -> Calibration:
         """What the compressed layers are fitted to; ``none`` where there is no such."""
         fitted = self.refitted or has_statistics(self.model)
-        return self.plan.calibration if fitted and self.uncalibrated is None else "none"
+        known = fitted and self.uncalibrated is None
+        return (self.instead or self.plan.calibration) if known else "none"
 
 
 def larger_than_dense(result: Compressed) -> list[str]:
@@ -331,6 +334,7 @@ def apply_plan(
         uncalibrated=calibrated.uncalibrated,
         steps=calibrated.steps,
         notes=calibrated.notes,
+        instead=calibrated.instead,
     )
 
 
