@@ -54,3 +54,6 @@ OLD_EFFORT = "fast"
 
 NO_DATA_CALIBRATION: Final = "noise"
 """What BatchNorm is fitted to where a plan does not say on what."""
+
+BEST_NO_DATA_CALIBRATION: Final = "synthetic"
+"""The same where the best effort is asked for."""

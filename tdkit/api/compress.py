@@ -101,7 +101,8 @@ def compress(
             the metric's own law if None. See :data:`tdkit.metrics.base.PENALTIES`.
         planner: The name of the planner; ``greedy``, or with ``bounds`` ``exact``, if None.
         calibration: What the compressed layers are fitted to: ``data``; ``noise`` images, for
-            BatchNorm alone; ``none``; or ``auto``: data where there are some.
+            BatchNorm alone; ``synthetic`` ones, made of its statistics, likewise; ``none``; or
+            ``auto``: data where there are some, else noise, with the best effort synthetic images.
         effort: How hard, where it is data: ``fast`` fits BatchNorm's statistics, ``default`` the
             factors of every layer to what the compressed layers before it deliver, ``best`` those
             to the activation that follows, too.
@@ -199,7 +200,7 @@ def compress(
         if CALLS in counted.needs and not subject.runs:
             raise unknown_cost(counted)
     ready = ending.check(subject, f"{subject.opened.name}-{goal.budget:g}", [model], grid.seed)
-    how = subject.settle(calibration)
+    how = subject.settle(calibration, effort=effort)
     patterns = arguments.names(layers, "layers")
     with listening(progress) as update:
         traced = traced_subject(subject, patterns, include_ends, inplace, ready)

@@ -32,6 +32,7 @@ from tdkit.training.settings import FinetuneSettings
 _CALIBRATED = {
     "data": "BatchNorm is calibrated on training images",
     "noise": "BatchNorm is calibrated on noise",
+    "synthetic": "BatchNorm is calibrated on images synthesised from its statistics",
     "none": "no BatchNorm is calibrated",
 }
 

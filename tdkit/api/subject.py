@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from tdkit import arguments
 from tdkit.calibration.batchnorm import CALIBRATIONS, Calibration
 from tdkit.datasets.base import Dataset, Split
-from tdkit.defaults import DEVICE, NO_DATA_CALIBRATION, SEED
+from tdkit.defaults import (
+    BEST_NO_DATA_CALIBRATION,
+    DEVICE,
+    EFFORT,
+    NO_DATA_CALIBRATION,
+    SEED,
+)
 from tdkit.errors import UsageError, option
 from tdkit.forward.copying import plain_module
 from tdkit.forward.inputs import Inputs, first_float, random_inputs
@@ -124,14 +130,22 @@ class Subject:
             )
         return self._images(self.dataset.train, samples)
 
-    def settle(self, how: str, planned: Calibration | None = None) -> Calibration:
+    def settle(
+        self, how: str, planned: Calibration | None = None, effort: str = EFFORT
+    ) -> Calibration:
         """Read a calibration; ``auto`` is what a plan says, else data where there are some.
+
+        Without any, the best effort makes images.
 
         Raises:
             UsageError: If it is unknown.
         """
         there = self.batches or (self.dataset is not None and self.dataset.train)
-        return settled(how, planned or ("data" if there else NO_DATA_CALIBRATION))
+        if planned is None and there:
+            planned = "data"
+        elif planned is None:
+            planned = BEST_NO_DATA_CALIBRATION if effort == "best" else NO_DATA_CALIBRATION
+        return settled(how, planned)
 
     def check_test(self) -> None:
         """Refuse, before any work, test images that the model cannot be measured on.

@@ -17,8 +17,9 @@ from tdkit.errors import UnsupportedError, UsageError, first_line, option
 from tdkit.forward.inputs import Inputs
 from tdkit.forward.trial import trial
 
-Calibration = Literal["none", "noise", "data"]
-"""What BatchNorm is fitted to compressed layers on: nothing, noise images, or real ones."""
+Calibration = Literal["none", "noise", "synthetic", "data"]
+"""What BatchNorm is fitted to compressed layers on: nothing, noise images, images synthesised from
+its statistics, or real ones."""
 
 Statistics = Mapping[str, ChannelStatistics]
 """By the name of a BatchNorm the mean and variance of what it is given."""

@@ -58,6 +58,7 @@ class Compressed:
             fitted to, see :func:`tdkit.calibration.divergence.divergence`; infinite where it was
             fitted to none.
         compared: How many plans it is the best of.
+        instead: What BatchNorm is calibrated on where that is not what the plan says.
         had_statistics: Whether there was any BatchNorm to fit, which may be folded since.
         notes: What the user should know of that.
     """
@@ -74,6 +75,7 @@ class Compressed:
     steps: tuple[Step, ...] = ()
     divergence: float = math.inf
     compared: int = 1
+    instead: Calibration | None = None
     had_statistics: bool = False
     notes: tuple[str, ...] = ()
 
@@ -86,7 +88,8 @@ class Compressed:
     def calibrated(self) -> Calibration:
         """What the compressed layers are fitted to; ``none`` where there is no such."""
         fitted = self.refitted or self.had_statistics
-        return self.plan.calibration if fitted and self.uncalibrated is None else "none"
+        known = fitted and self.uncalibrated is None
+        return (self.instead or self.plan.calibration) if known else "none"
 
 
 def larger_than_dense(result: Compressed) -> list[str]:
@@ -194,6 +197,7 @@ class Applying:
             uncalibrated=calibrated.uncalibrated,
             steps=calibrated.steps,
             divergence=calibrated.divergence,
+            instead=calibrated.instead,
             had_statistics=has_statistics(self.traced.model),
             notes=calibrated.notes,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tdkit.calibration.batchnorm import (
+    Calibration,
     Statistics,
     has_statistics,
     norm_statistics,
     shift_statistics,
 )
 from tdkit.calibration.noise import noise_batches
+from tdkit.calibration.synthesis import STEPS, SYNTHETIC_IMAGES, synthetic_images
 from tdkit.compression.plan import Plan
 from tdkit.compression.refit import Observed, Part, Refitted, refit
 from tdkit.errors import UnsupportedError, first_line
@@ -28,6 +30,10 @@ from tdkit.layers.weights import is_finite
 
 # Inputs in one forward pass, at most.
 _TOGETHER = 64
+
+# MACs that all forward passes of a synthesis may take, about a minute and a half on two cores, and
+# the fewest images that are worth it.
+_PASSES, _FEWEST = 10**12, 32
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class Calibrated:
         notes: What the user should know.
         errors: Of the layers that were fitted, see :class:`tdkit.compression.refit.Refitted`.
         divergence: Over all inputs that it was fitted to; infinite where there are none.
+        instead: What BatchNorm is calibrated on where that is not what the plan says.
     """
 
     steps: tuple[Step, ...] = ()
@@ -61,6 +68,7 @@ class Calibrated:
     notes: tuple[str, ...] = ()
     errors: Mapping[str, float] = field(default_factory=dict)
     divergence: float = math.inf
+    instead: Calibration | None = None
 
 
 @dataclass(frozen=True)
@@ -95,9 +103,9 @@ class Calibrating:
             UsageError: If there are none and the plan needs them.
             UnsupportedError: If the model does not run on them.
         """
-        statistics = _Statistics.of(traced, plan.calibration, data)
+        statistics = _Statistics.of(traced, plan, data)
         if plan.calibration != "data" or plan.effort == "fast" or not layers:
-            return cls(statistics, None, plan.effort)
+            return cls(statistics, None, plan.effort, statistics.notes)
         batches = _in_tenths(traced, [traced.read(batch) for batch in data], plan.seed)
         if len(batches) < 2:
             why = "the factors are not fitted to the data: no part of them can be held back"
@@ -127,7 +135,8 @@ class Calibrating:
             UnsupportedError: If the model does not run on the inputs.
         """
         if self.seen is None or not parts:
-            return Calibrated(uncalibrated=self.statistics.shift(model), notes=self.notes)
+            unknown, instead = self.statistics.shift(model), self.statistics.instead
+            return Calibrated(uncalibrated=unknown, notes=self.notes, instead=instead)
         plain = kept_state(model, parts)
         try:
             return self._fitted(model, parts, self.seen, plain, progress)
@@ -198,6 +207,30 @@ def restore(state: State) -> None:
             tensor.copy_(value)
 
 
+def _synthesised(traced: TracedModel, image: Tensor, seed: int) -> tuple[Inputs, ...]:
+    """Images that BatchNorm's statistics are made of.
+
+    Raises:
+        UnsupportedError: If none can be made, or only in minutes.
+    """
+    count = _affordable(traced.layers)
+    images = synthetic_images(traced.model, image, count, seed=seed % 2**63)
+    return tuple(Inputs((batch,)) for batch in images.split(_TOGETHER))
+
+
+def _affordable(layers: Sequence[Layer]) -> int:
+    """How many images are synthesised: by MACs, not by a clock, so that it can be repeated.
+
+    Raises:
+        UnsupportedError: If even a few would take minutes.
+    """
+    macs = sum(layer.macs or 0 for layer in layers)
+    count = min(SYNTHETIC_IMAGES, _PASSES // (STEPS * max(1, macs)))
+    if count < _FEWEST:
+        raise UnsupportedError(f"with {macs:,} MACs of a forward pass that would take minutes")
+    return count
+
+
 def _in_tenths(traced: TracedModel, batches: Sequence[Inputs], seed: int) -> list[Inputs]:
     """Batches of which the last tenth can be held back.
 
@@ -223,12 +256,14 @@ class _Statistics:
     batches: tuple[Inputs, ...] = ()
     before: Statistics | None = None
     unknown: str | None = None
+    notes: tuple[str, ...] = ()
+    instead: Calibration | None = None
 
     @classmethod
-    def of(cls, traced: TracedModel, how: str, data: Sequence[Any]) -> _Statistics:
-        if how == "none" or not has_statistics(traced.model):
+    def of(cls, traced: TracedModel, plan: Plan, data: Sequence[Any]) -> _Statistics:
+        if plan.calibration == "none" or not has_statistics(traced.model):
             return cls()
-        if how == "data":
+        if plan.calibration == "data":
             batches = tuple(traced.read(batch) for batch in data)
             return cls(batches, norm_statistics(traced.model, batches))
         if traced.inputs is None:
@@ -236,6 +271,19 @@ class _Statistics:
         image = traced.inputs.image
         if image is None:
             return cls(unknown="the model's input is no image that noise could stand for")
+        if plan.calibration == "noise":
+            return cls._on_noise(traced, image)
+        if plan.effort == "fast":
+            return replace(cls._on_noise(traced, image), instead="noise")
+        try:
+            made = _synthesised(traced, image, plan.seed)
+            return cls(made, norm_statistics(traced.model, made))
+        except (UnsupportedError, MemoryError, torch.OutOfMemoryError) as error:
+            told = f"noise stands in for images synthesised for BatchNorm: {first_line(error)}"
+            return replace(cls._on_noise(traced, image), notes=(told,), instead="noise")
+
+    @classmethod
+    def _on_noise(cls, traced: TracedModel, image: Tensor) -> _Statistics:
         noise = tuple(Inputs((batch,)) for batch in noise_batches(image))
         try:
             return cls(noise, norm_statistics(traced.model, noise))
