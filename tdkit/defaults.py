@@ -38,7 +38,7 @@ AUTOCAST: Final = "none"
 
 EFFORTS = ("fast", "default", "best")
 """``fast`` fits BatchNorm's statistics to data, ``default`` the factors of every layer, ``best``
-those to the activations that follow as well."""
+those to the activations that follow as well, and distils."""
 
 EFFORT = "default"
 
@@ -47,3 +47,9 @@ OLD_EFFORT = "fast"
 
 NO_DATA_CALIBRATION: Final = "noise"
 """What BatchNorm is fitted to where a plan does not say on what."""
+
+DISTILL = "60s"
+"""How long a distillation is, by itself and under the effort ``best`` with data."""
+
+DISTILL_RATE = 1e-3
+"""The highest learning rate of a distillation."""

@@ -49,6 +49,7 @@ def compress(
         str, typer.Option(help="How hard to fit to data: fast, default or best.")
     ] = defaults.EFFORT,
     samples: options.Samples = defaults.SAMPLES,
+    distill: options.Distill = None,
     finetune: options.Finetune = None,
     learning_rate: options.LearningRate = None,
     resume: options.Resume = None,
@@ -86,7 +87,7 @@ def compress(
     fraction, names = parse_fraction(budget, "--budget"), parse_names(methods, "--methods")
     fractions, settings = parse_keeps(keeps), parse_settings(set)
     tell_unused_plugins()
-    with resumable(resume, finetune is not None), told_notes():
+    with resumable(resume, finetune is not None or distill is not None), told_notes():
         result = tdkit.compress(
             model,
             fraction,
@@ -111,6 +112,7 @@ def compress(
             unsafe_load=unsafe_load,
             device=device,
             seed=seed,
+            distill=distill,
             finetune=finetune,
             learning_rate=learning_rate,
             resume=resume,
