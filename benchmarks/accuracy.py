@@ -76,7 +76,7 @@ def image_sets(train: Split) -> list[list[Tensor]]:
 
 
 def compressed(dense: nn.Module, budget: float, images: list[Tensor], effort: str) -> nn.Module:
-    return tdkit.compress(dense, budget, data=images, effort=effort, measure=False).model
+    return tdkit.compress(dense, budget, data=images, effort=effort, distill=0, measure=False).model
 
 
 def uniform(dense: nn.Module, budget: float, sets: list[list[Tensor]], test: Split) -> float:

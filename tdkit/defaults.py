@@ -50,6 +50,3 @@ NO_DATA_CALIBRATION: Final = "noise"
 
 DISTILL = "60s"
 """How long a distillation is, by itself and under the effort ``best`` with data."""
-
-DISTILL_RATE = 1e-3
-"""The highest learning rate of a distillation."""

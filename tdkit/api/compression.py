@@ -19,7 +19,7 @@ from tdkit.compression.calibrating import Step, in_tenths
 from tdkit.compression.distillation import DISTILLATION, Distillation, Length, Taught
 from tdkit.compression.plan import Plan
 from tdkit.compression.report import Report, measure, near_chance
-from tdkit.defaults import DISTILL, DISTILL_RATE, PATIENCE, SAMPLES
+from tdkit.defaults import DISTILL, PATIENCE, SAMPLES
 from tdkit.errors import UnsupportedError, UsageError, noted, option
 from tdkit.files import check_writable
 from tdkit.layers.inventory import Layer
@@ -261,7 +261,7 @@ class Ending:
         resume = None if self.resume is None else Path(self.resume)
         if resume is not None and self.finetune is not None:
             resume = resume.with_name(f"{resume.name}.distill")
-        return ready_to_distill(subject, self.distill, DISTILL_RATE, seed, resume, inputs)
+        return ready_to_distill(subject, self.distill, None, seed, resume, inputs)
 
     def _settings(self) -> FinetuneSettings | None:
         if self.finetune is not None:
@@ -303,7 +303,7 @@ def length_of(value: int | str | None) -> Length | None:
 def ready_to_distill(
     subject: Subject,
     length: Length,
-    learning_rate: float,
+    learning_rate: float | None,
     seed: int,
     resume: Path | None,
     inputs: Sequence[str | Path],
@@ -313,7 +313,7 @@ def ready_to_distill(
     Args:
         subject: The dense model and its data.
         length: How long.
-        learning_rate: The highest.
+        learning_rate: The highest; None is found from what it starts with.
         seed: Of the order and the versions of the inputs.
         resume: The file to keep the state in.
         inputs: Files that are never overwritten.
@@ -327,7 +327,7 @@ def ready_to_distill(
             "distillation needs inputs, without labels",
             f"name some with {option('data', 'image-folder:PATH')} and PATH/train",
         )
-    if not 0 < learning_rate < math.inf:
+    if learning_rate is not None and not 0 < learning_rate < math.inf:
         raise UsageError(f"learning_rate must be a number above 0, not {learning_rate}")
     if resume is not None:
         check_writable(resume, force=True, inputs=inputs)

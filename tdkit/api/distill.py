@@ -77,7 +77,7 @@ def distill(
     data: Any,
     *,
     distill: int | str = defaults.DISTILL,
-    learning_rate: float = defaults.DISTILL_RATE,
+    learning_rate: float | None = None,
     samples: int = defaults.SAMPLES,
     example_inputs: Any = None,
     resume: str | Path | None = None,
@@ -105,7 +105,8 @@ def distill(
         data: Batches of inputs, or a data set; see :func:`tdkit.compress`.
         distill: For so many epochs, ``20``, or so long, ``"60s"`` or ``"2m"``. With a number of
             epochs the same arguments give the same weights; with a time they do not.
-        learning_rate: The highest; it falls to zero by a half cosine.
+        learning_rate: The highest, which falls to zero by a half cosine; if None, in proportion to
+            the relative error of the outputs at the start.
         samples: Images of a data set.
         example_inputs: Arguments of a forward pass, tensors of any shape, nested in any way.
         resume: Written now and then; where it exists, distillation goes on from it.

@@ -25,8 +25,9 @@ def distill(
     ] = defaults.DISTILL,
     format: options.Format = None,
     learning_rate: Annotated[
-        float, typer.Option(help="The highest; it falls to zero by a half cosine.")
-    ] = defaults.DISTILL_RATE,
+        Optional[float],  # noqa: UP045
+        typer.Option(help="The highest, which falls to zero; by the error at the start if unset."),
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Images of the data set.")] = defaults.SAMPLES,
     resume: options.Resume = None,
     arch: options.Arch = None,

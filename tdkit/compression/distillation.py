@@ -39,7 +39,11 @@ DISTILLATION = "distillation"
 _CHECKS = 20
 
 # The share of the whole after which it ends if nothing was better meanwhile.
-_PATIENCE = 0.5
+_PATIENCE = 0.75
+
+# The highest learning rate where the outputs are all wrong, and its range. It is in proportion to
+# their relative error: what is near already would first be driven away by large steps.
+_RATE, _SLOWEST, _FASTEST = 5e-3, 1e-4, 2e-3
 
 # The usual size of a kernel's entries, at which the learning rate is what it is said to be.
 _USUAL = 0.1
@@ -165,13 +169,14 @@ class Distillation:
 
     Attributes:
         length: How long.
-        learning_rate: The highest; it falls to zero by a half cosine.
+        learning_rate: The highest, which falls to zero by a half cosine; None is in proportion to
+            the relative error of the outputs that it starts with.
         seed: Of the order and the versions of the inputs.
         resume: The file to keep the state in.
     """
 
     length: Length
-    learning_rate: float
+    learning_rate: float | None
     seed: int
     resume: Path | None = None
 
@@ -226,9 +231,10 @@ class Distillation:
         )
         examined = _Held(held, wanted)
         before, plain = examined.divergence(model), snapshot(model)
+        rate = self.learning_rate or _usual_rate(examined.error(model))
         kernels = any(parameter.ndim == 4 for parameter in model.parameters())
         with mode(model, training=False), trainable_weights(model, kernels):
-            run = _Run(self, model, lessons, examined, resume)
+            run = _Run(self, rate, model, lessons, examined, resume)
             try:
                 run.all(progress, say)
             except BaseException:
@@ -242,7 +248,7 @@ class Distillation:
             model.load_state_dict(plain)
             notes += ("distillation made nothing better on the inputs held back: it is taken back",)
             after = before
-        return Taught(self.length, self.learning_rate, before, after, tuple(run.history), notes)
+        return Taught(self.length, rate, before, after, tuple(run.history), notes)
 
     def _resume(
         self, model: nn.Module, dense: nn.Module, batches: Sequence[Inputs]
@@ -270,6 +276,16 @@ class _Held:
 
     def divergence(self, model: nn.Module) -> float:
         return divergence(self.wanted, outputs_of(model, _as_taken(self.batches, model)))
+
+    def error(self, model: nn.Module) -> float:
+        """Of the outputs, relative to what is wanted."""
+        found = outputs_of(model, self.batches)
+        missed = [
+            float(_missed(have.double(), want.double()))
+            for wanted, outputs in zip(self.wanted, found, strict=True)
+            for want, have in zip(wanted, outputs, strict=True)
+        ]
+        return math.sqrt(sum(missed) / len(missed))
 
 
 def _as_taken(batches: Sequence[Inputs], model: nn.Module) -> Sequence[Inputs]:
@@ -301,6 +317,7 @@ class _Run:
     def __init__(
         self,
         settings: Distillation,
+        rate: float,
         model: nn.Module,
         lessons: Lessons,
         held: _Held,
@@ -309,7 +326,7 @@ class _Run:
         self.settings, self.model, self.lessons, self.held = settings, model, lessons, held
         self.resume = resume
         self.generator = torch.Generator().manual_seed(settings.seed % 2**63)
-        self.optimizer = _optimizer(model, settings.learning_rate)
+        self.optimizer = _optimizer(model, rate)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.history: list[Check] = []
         self.notes: list[str] = []
@@ -476,6 +493,10 @@ def _optimizer(model: nn.Module, rate: float) -> torch.optim.Optimizer:
         )
     groups = [{"params": [each], "lr": rate * _scale(each)} for each in parameters]
     return torch.optim.AdamW(groups, lr=rate, eps=_EPSILON, weight_decay=0.0)
+
+
+def _usual_rate(error: float) -> float:
+    return min(max(_RATE * error, _SLOWEST), _FASTEST) if math.isfinite(error) else _FASTEST
 
 
 def _scale(parameter: Tensor) -> float:

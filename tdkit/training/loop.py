@@ -501,7 +501,7 @@ def _best(history: Sequence[Epoch]) -> Epoch:
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of a model's state_dict on the CPU, whatever its memory layout."""
+    """A copy of a model's state_dict on the CPU: tensors of any shape, laid out plainly."""
     return {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in model.state_dict().items()

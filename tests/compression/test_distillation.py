@@ -216,6 +216,20 @@ def test_going_on_after_a_stop_ends_in_the_same_bits(kind, last, tmp_path, monke
         other.run(pair(kind)[1], dense, batches, kind != "dict")
 
 
+def test_what_is_nearer_is_taught_in_smaller_steps() -> None:
+    dense, small, batches = pair("logits")
+    rates = []
+    for share in (1.0, 0.1, 0.0):
+        near = copy.deepcopy(dense)
+        with torch.no_grad():
+            for mine, theirs in zip(near.parameters(), small.parameters(), strict=True):
+                mine.lerp_(theirs, share)
+        done = Distillation(EPOCHS, None, 0).run(near, dense, batches, True)
+        assert done.after <= done.before
+        rates.append(done.learning_rate)
+    assert 2e-3 >= rates[0] > rates[1] > rates[2] == 1e-4
+
+
 def test_the_seed_decides() -> None:
     made = []
     for seed in (0, 0, 1):
