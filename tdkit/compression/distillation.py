@@ -22,6 +22,7 @@ from tdkit.errors import UnsupportedError, UsageError, first_line, option
 from tdkit.forward.inputs import Inputs
 from tdkit.forward.placement import device_of
 from tdkit.forward.trial import mode
+from tdkit.layers.reasons import is_factorization
 from tdkit.progress import Progress
 from tdkit.training.loop import (
     HALVES,
@@ -44,9 +45,6 @@ _PATIENCE = 0.75
 # The highest learning rate where the outputs are all wrong, and its range. It is in proportion to
 # their relative error: what is near already would first be driven away by large steps.
 _RATE, _SLOWEST, _FASTEST = 5e-3, 1e-4, 2e-3
-
-# The usual size of a kernel's entries, at which the learning rate is what it is said to be.
-_USUAL = 0.1
 
 # Adam's, below the gradients of factors that share their norm badly.
 _EPSILON = 1e-12
@@ -491,7 +489,8 @@ def _optimizer(model: nn.Module, rate: float) -> torch.optim.Optimizer:
             "no parameter of the model requires a gradient: there is nothing to distil into",
             "call model.requires_grad_() before compressing it",
         )
-    groups = [{"params": [each], "lr": rate * _scale(each)} for each in parameters]
+    shares = _shares(model)
+    groups = [{"params": [each], "lr": rate * shares.get(each, 1.0)} for each in parameters]
     return torch.optim.AdamW(groups, lr=rate, eps=_EPSILON, weight_decay=0.0)
 
 
@@ -499,12 +498,18 @@ def _usual_rate(error: float) -> float:
     return min(max(_RATE * error, _SLOWEST), _FASTEST) if math.isfinite(error) else _FASTEST
 
 
-def _scale(parameter: Tensor) -> float:
-    """The size of a kernel's or matrix's entries, in units of the usual one.
+def _shares(model: nn.Module) -> dict[Tensor, float]:
+    """By factor its norm relative to the one that all of its chain would share evenly.
 
-    With such rates Adam's steps are the same however the factors of a layer share their norm, and
-    a chain that shares it badly does not blow up.
+    With rates in proportion Adam's steps are those of a chain that shares it evenly, whose rates
+    are all the same, and one that does so badly does not blow up.
     """
-    if parameter.ndim < 2:
-        return 1.0
-    return float(parameter.detach().float().square().mean().sqrt()) / _USUAL or 1.0
+    shares: dict[Tensor, float] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Sequential) and is_factorization(module):
+            factors = [p for p in module.parameters() if p.ndim > 1]
+            norms = [float(torch.linalg.vector_norm(p.detach().double())) for p in factors]
+            if factors and all(map(math.isfinite, norms)) and min(norms) > 0:
+                even = math.exp(sum(map(math.log, norms)) / len(norms))
+                shares |= {p: norm / even for p, norm in zip(factors, norms, strict=True)}
+    return shares
