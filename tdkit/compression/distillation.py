@@ -44,7 +44,7 @@ _PATIENCE = 0.75
 
 # The highest learning rate where the outputs are all wrong, and its range. It is in proportion to
 # their relative error: what is near already would first be driven away by large steps.
-_RATE, _SLOWEST, _FASTEST = 5e-3, 1e-4, 2e-3
+_RATE, _SLOWEST, _FASTEST = 3e-3, 1e-4, 2e-3
 
 # Adam's, below the gradients of factors that share their norm badly.
 _EPSILON = 1e-12
