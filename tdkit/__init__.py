@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tdkit.api.apply import apply
     from tdkit.api.compress import compress
     from tdkit.api.compression import Compression
+    from tdkit.api.distill import Distilled, distill
     from tdkit.api.factorize import Factorization, factorize
     from tdkit.api.files import load, save
     from tdkit.api.finetune import Finetuned, finetune
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 # Resolved on first use: `tdkit --help` must not wait for torch.
 _HOMES = {
     "Compression": "tdkit.api.compression",
+    "Distilled": "tdkit.api.distill",
     "Factorization": "tdkit.api.factorize",
     "Finetuned": "tdkit.api.finetune",
     "Inspection": "tdkit.api.inspect",
@@ -44,6 +46,7 @@ _HOMES = {
     "Trained": "tdkit.api.train",
     "apply": "tdkit.api.apply",
     "compress": "tdkit.api.compress",
+    "distill": "tdkit.api.distill",
     "factorize": "tdkit.api.factorize",
     "finetune": "tdkit.api.finetune",
     "inspect": "tdkit.api.inspect",
@@ -58,9 +61,10 @@ _HOMES = {
 }
 
 __all__ = [
-    "Compression", "Factorization", "Finetuned", "Inspection", "Move", "Plan", "Plugins", "Report",
-    "Scores", "Study", "TdkitError", "Trained", "apply", "compress", "factorize", "finetune",
-    "inspect", "load", "plan", "plugins", "report", "save", "score", "train", "validate",
+    "Compression", "Distilled", "Factorization", "Finetuned", "Inspection", "Move", "Plan",
+    "Plugins", "Report", "Scores", "Study", "TdkitError", "Trained", "apply", "compress", "distill",
+    "factorize", "finetune", "inspect", "load", "plan", "plugins", "report", "save", "score",
+    "train", "validate",
 ]  # fmt: skip
 
 

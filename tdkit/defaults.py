@@ -45,7 +45,7 @@ AUTOCAST: Final = "none"
 
 EFFORTS = ("fast", "default", "best")
 """``fast`` fits BatchNorm's statistics to data, ``default`` the factors of every layer, ``best``
-those to the activations that follow as well."""
+those to the activations that follow as well, and distils."""
 
 EFFORT = "default"
 
@@ -57,3 +57,6 @@ NO_DATA_CALIBRATION: Final = "noise"
 
 BEST_NO_DATA_CALIBRATION: Final = "synthetic"
 """The same where the best effort is asked for."""
+
+DISTILL = "60s"
+"""How long a distillation is, by itself and under the effort ``best`` with data."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from tdkit import arguments, defaults
 from tdkit.api.compress import REFITTING, REPLACING, Settings, traced_subject
-from tdkit.api.compression import Compression, Ending, finish
+from tdkit.api.compression import Compression, Ending, finish, length_of
 from tdkit.api.files import plan_title
 from tdkit.api.subject import Given, Model, open_subject
 from tdkit.compression.applying import apply_plan
@@ -43,6 +43,7 @@ def apply(
     allow_classes: str | Sequence[str] = (),
     unsafe_load: bool = False,
     device: str | None = None,
+    distill: int | str | None = None,
     finetune: int | None = None,
     learning_rate: float | None = None,
     resume: str | Path | None = None,
@@ -76,6 +77,7 @@ def apply(
         allow_classes: Classes of yours that the file may hold.
         unsafe_load: Run whatever code the file holds.
         device: Where to work.
+        distill: How long to distil; by default a minute with data and a plan of effort ``best``.
         finetune: Epochs of a fine-tuning afterwards.
         learning_rate: Of the fine-tuning.
         resume: Where its state is kept.
@@ -103,7 +105,18 @@ def apply(
     methods = resolve_methods(registry, names, settings, wanted.settings)
     versions = method_versions(registry, methods)
     title = plan_title(Path(plan)) if isinstance(plan, str | Path) else "planned"
-    ending = Ending(finetune, learning_rate, resume, output, format, force, measure, batch_size)
+    ending = Ending(
+        finetune,
+        learning_rate,
+        resume,
+        output,
+        format,
+        force,
+        measure,
+        batch_size,
+        distill=length_of(distill),
+        samples=samples,
+    )
     given = Given(
         arch,
         weights,
@@ -120,8 +133,9 @@ def apply(
     )
     subject = open_subject(model, registry, given)
     default = f"{subject.opened.name}-{title}"
-    ready = ending.check(subject, default, [model, plan], wanted.seed)
     how = subject.settle(calibration, wanted.calibration)
+    ending = ending.under(wanted.effort, how, inplace)
+    ready = ending.check(subject, default, [model, plan], wanted.seed)
     with listening(progress) as update:
         traced = traced_subject(subject, (), True, inplace, ready)
         before = state_bytes(traced.model)

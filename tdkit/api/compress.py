@@ -10,7 +10,7 @@ from typing import Any
 
 from tdkit import arguments, defaults
 from tdkit.api.aiming import aim
-from tdkit.api.compression import Compression, Ending, Ready, finish
+from tdkit.api.compression import Compression, Ending, Ready, finish, length_of
 from tdkit.api.subject import Given, Model, Subject, open_subject
 from tdkit.compression.compress import compress_model
 from tdkit.compression.report import state_bytes
@@ -61,6 +61,7 @@ def compress(
     unsafe_load: bool = False,
     device: str | None = None,
     seed: int = defaults.SEED,
+    distill: int | str | None = None,
     finetune: int | None = None,
     learning_rate: float | None = None,
     resume: str | Path | None = None,
@@ -105,7 +106,7 @@ def compress(
             ``auto``: data where there are some, else noise, with the best effort synthetic images.
         effort: How hard, where it is data: ``fast`` fits BatchNorm's statistics, ``default`` the
             factors of every layer to what the compressed layers before it deliver, ``best`` those
-            to the activation that follows, too.
+            to the activation that follows, too, and distils for a minute.
         fold: Fold every BatchNorm into the layer before it in the end, where nothing else is given
             to it; its parameters are spent on ranks. The result has no statistics left to train.
         keeps: Fractions of a layer's parameters to consider.
@@ -128,9 +129,13 @@ def compress(
         unsafe_load: Run whatever code the file holds.
         device: ``cpu``, ``cuda`` or ``auto``; a module stays where it is by default.
         seed: Seeds every random start.
+        distill: Let the compressed model learn what the dense one makes of ``data``, which take no
+            labels, for so many epochs, ``20``, or so long, ``"60s"`` or ``"2m"``; 0 is not at all,
+            also with the effort ``best``. See :func:`tdkit.distill`.
         finetune: Fine-tune all layers afterwards for at most so many epochs, on ``data``.
         learning_rate: Of the fine-tuning.
-        resume: Written after every epoch; where it exists, fine-tuning goes on from it.
+        resume: Written now and then; where it exists, fine-tuning goes on from it. Distillation
+            does so too; where both are asked for, from ``{resume}.distill``.
         output: Write the model there, and its plan beside it, before anything is measured;
             ``auto`` makes a name from the model's, in the current folder.
         format: Of that file; by its suffix if None.
@@ -144,7 +149,7 @@ def compress(
         dry_run: Refuse what could not be done at the end, and do none of it: nothing is
             fine-tuned, written or measured.
         progress: A callback, or True for a bar.
-        say: Called with each line on the progress of a fine-tuning.
+        say: Called with each line on the progress of a distillation or a fine-tuning.
         note: Called before a fine-tuning with what the user should know of it; it is in ``notes``
             if None.
 
@@ -181,6 +186,8 @@ def compress(
         measure and not dry_run,
         batch_size,
         dry_run,
+        distill=length_of(distill),
+        samples=samples,
     )
     given = Given(
         arch,
@@ -199,8 +206,9 @@ def compress(
     for counted, _ in goal.shares:
         if CALLS in counted.needs and not subject.runs:
             raise unknown_cost(counted)
-    ready = ending.check(subject, f"{subject.opened.name}-{goal.budget:g}", [model], grid.seed)
     how = subject.settle(calibration, effort=effort)
+    ending = ending.under(effort, how, inplace)
+    ready = ending.check(subject, f"{subject.opened.name}-{goal.budget:g}", [model], grid.seed)
     patterns = arguments.names(layers, "layers")
     with listening(progress) as update:
         traced = traced_subject(subject, patterns, include_ends, inplace, ready)
@@ -258,11 +266,11 @@ def traced_subject(
     """
     own = subject.owned or inplace
     weights = None
-    if own and ready.ending.measure and not inplace:
+    if own and (ready.ending.measure or ready.distillation is not None) and not inplace:
         # The dense model beside the compressed one takes no more than what is replaced, unless
         # all of that is trained on.
         refuse_uncopyable(subject.model)
-        trained = [] if ready.tuning is None else list(subject.model.parameters())
+        trained = list(subject.model.parameters()) if ready.trains else []
         apart = [*trained, *subject.model.buffers()]
         weights = ModuleWeights(shared_copy(subject.model, own=apart))
     traced = TracedModel.of(

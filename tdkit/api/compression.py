@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,11 +15,13 @@ from torch import nn
 from tdkit.api.files import Destination, write
 from tdkit.api.subject import Subject
 from tdkit.compression.applying import Compressed, larger_than_dense
-from tdkit.compression.calibrating import Step
+from tdkit.compression.calibrating import Step, in_tenths
+from tdkit.compression.distillation import DISTILLATION, Distillation, Length, Taught
 from tdkit.compression.plan import Plan
 from tdkit.compression.report import Report, measure, near_chance
-from tdkit.defaults import PATIENCE
-from tdkit.errors import UsageError, noted, option
+from tdkit.defaults import DISTILL, PATIENCE, SAMPLES
+from tdkit.errors import UnsupportedError, UsageError, noted, option
+from tdkit.files import check_writable
 from tdkit.layers.inventory import Layer
 from tdkit.layers.stages import Stage
 from tdkit.layers.traced import TracedModel
@@ -58,6 +61,7 @@ class Compression:
         verified: Whether a forward pass has compared it with its dense reconstruction.
         calibration: What the compressed layers are fitted to.
         steps: What was fitted to data, one after the other, and what each made of the outputs.
+        distilled: How it was distilled; None where it was not.
         compared: How many plans were built, of which this one leaves the least divergence.
         uncalibrated: Why it is not, where the plan asks for it.
         seconds: How long it took.
@@ -77,6 +81,7 @@ class Compression:
     verified: bool
     calibration: str
     steps: tuple[Step, ...]
+    distilled: Taught | None
     compared: int
     uncalibrated: str | None
     seconds: float
@@ -136,9 +141,11 @@ class Compression:
         return self._fitted() if self.plan.moves else None
 
     def _fitted(self) -> str:
-        if len(self.steps) < 2:
-            return _CALIBRATED[self.calibration]
-        first, last = self.steps[0], self.steps[-1]
+        fits = [step for step in self.steps if step.name != DISTILLATION]
+        told = self._refitted(fits[0], fits[-1]) if len(fits) > 1 else _CALIBRATED[self.calibration]
+        return told if self.distilled is None else f"{told}\n{self.distilled.line()}"
+
+    def _refitted(self, first: Step, last: Step) -> str:
         best = f", the best of {self.compared} plans" if self.compared > 1 else ""
         return (
             f"the factors are fitted to unlabelled inputs{best}: on those held back the outputs"
@@ -156,6 +163,7 @@ class Compression:
             "verified": self.verified,
             "calibration": self.calibration,
             "steps": [{"name": s.name, "divergence": s.divergence} for s in self.steps],
+            "distillation": None if self.distilled is None else self.distilled.summary(),
             "compared": self.compared,
             "uncalibrated": self.uncalibrated,
             "put_back": dict(self.put_back),
@@ -182,6 +190,32 @@ class Ending:
     measure: bool
     batch_size: int
     dry_run: bool = False
+    distill: Length | None = None
+    samples: int = SAMPLES
+    usual: bool = False
+    notes: tuple[str, ...] = ()
+
+    def under(self, effort: str, how: str, inplace: bool) -> Ending:
+        """The same with what an effort means where nobody says how long to distil.
+
+        Args:
+            effort: Of the plan.
+            how: What the compressed layers are fitted to.
+            inplace: Whether the dense model is given up.
+
+        Raises:
+            UsageError: If it is, and somebody says so.
+        """
+        usual = self.distill is None and effort == "best" and how == "data"
+        asked = Length.read(DISTILL) if usual else self.distill
+        if asked is None or asked.is_nothing:
+            return replace(self, distill=None)
+        if not inplace:
+            return replace(self, distill=asked, usual=usual)
+        why = f"the dense model is no longer there with {option('inplace', True)}"
+        if not usual:
+            raise UsageError(f"nothing can be distilled: {why}", "leave one of them out")
+        return replace(self, notes=(f"not distilled: {why}",))
 
     def check(self, subject: Subject, default: str, inputs: Sequence[Any], seed: int) -> Ready:
         """Refuse, before any work, what could not be done at the end.
@@ -190,7 +224,7 @@ class Ending:
             subject: The model and its data.
             default: The name of the output without its suffix, where it has none.
             inputs: Files that are never overwritten, and whatever else was handed in.
-            seed: Of the fine-tuning.
+            seed: Of the distillation and the fine-tuning.
 
         Raises:
             UsageError: If an option is wrong, or the data do not fit the model.
@@ -220,12 +254,23 @@ class Ending:
                 resume,
                 files,
             )
-        return Ready(self, destination, tuning)
+        return Ready(self, destination, tuning, self._distillation(subject, seed, files))
+
+    def _distillation(
+        self, subject: Subject, seed: int, inputs: Sequence[str | Path]
+    ) -> Distillation | None:
+        if self.distill is None:
+            return None
+        resume = None if self.resume is None else Path(self.resume)
+        if resume is not None and self.finetune is not None:
+            resume = resume.with_name(f"{resume.name}.distill")
+        return ready_to_distill(subject, self.distill, None, seed, resume, inputs)
 
     def _settings(self) -> FinetuneSettings | None:
         if self.finetune is not None:
             return FinetuneSettings(self.finetune, self.learning_rate, patience=PATIENCE)
-        for key, value in (("learning_rate", self.learning_rate), ("resume", self.resume)):
+        kept = self.resume if self.distill is None else None
+        for key, value in (("learning_rate", self.learning_rate), ("resume", kept)):
             if value is not None:
                 raise UsageError(
                     f"{option(key)} belongs to fine-tuning",
@@ -241,6 +286,55 @@ class Ready:
     ending: Ending
     destination: Destination | None
     tuning: Finetuning | None
+    distillation: Distillation | None = None
+
+    @property
+    def trains(self) -> bool:
+        """Whether all parameters change."""
+        return self.tuning is not None or self.distillation is not None
+
+
+def length_of(value: int | str | None) -> Length | None:
+    """How long to distil; None where nobody says.
+
+    Raises:
+        UsageError: If it is neither a number of epochs nor a time.
+    """
+    return None if value is None else Length.read(value)
+
+
+def ready_to_distill(
+    subject: Subject,
+    length: Length,
+    learning_rate: float | None,
+    seed: int,
+    resume: Path | None,
+    inputs: Sequence[str | Path],
+) -> Distillation:
+    """Refuse, before any work, a distillation that could not be done or kept.
+
+    Args:
+        subject: The dense model and its data.
+        length: How long.
+        learning_rate: The highest; None is found from what it starts with.
+        seed: Of the order and the versions of the inputs.
+        resume: The file to keep the state in.
+        inputs: Files that are never overwritten.
+
+    Raises:
+        UsageError: If there are no inputs, or the learning rate is out of range.
+        StorageError: If the state could not be kept.
+    """
+    if not subject.batches and (subject.dataset is None or subject.dataset.train is None):
+        raise UsageError(
+            "distillation needs inputs, without labels",
+            f"name some with {option('data', 'image-folder:PATH')} and PATH/train",
+        )
+    if learning_rate is not None and not 0 < learning_rate < math.inf:
+        raise UsageError(f"learning_rate must be a number above 0, not {learning_rate}")
+    if resume is not None:
+        check_writable(resume, force=True, inputs=inputs)
+    return Distillation(length, learning_rate, seed % 2**63, resume)
 
 
 def finish(
@@ -254,7 +348,7 @@ def finish(
     say: Callable[[str], None],
     note: Callable[[str], None] | None,
 ) -> Compression:
-    """Fine-tune a compressed model if asked to, write it, and measure it.
+    """Distil and fine-tune a compressed model if asked to, write it, and measure it.
 
     It is written first: whatever fails afterwards, a second Ctrl-C say, loses a table.
 
@@ -266,11 +360,20 @@ def finish(
         bytes_before: Of the dense model's state_dict.
         start: When the job started, in seconds.
         progress: Called with the progress.
-        say: Called with each line of a fine-tuning.
+        say: Called with each line of a distillation or a fine-tuning.
         note: Called beforehand with what the user should know of it; it is in the notes if None.
     """
     ending, tuned, notes = ready.ending, None, list(_notes(subject, traced, result))
+    notes += ending.notes
     destination = None if ending.dry_run else ready.destination
+    distilled = None
+    try:
+        distilled = _distilled(subject, traced, result, ready, progress, say)
+        notes += () if distilled is None else distilled.notes
+    except (UsageError, UnsupportedError) as error:
+        if not ending.usual:
+            raise
+        notes.append(f"not distilled: {error}")
     if ready.tuning is not None and not ending.dry_run:
         tuned = ready.tuning.run(result.model, progress, say, note or notes.append)
     compression = Compression(
@@ -284,13 +387,14 @@ def finish(
         errors=result.errors,
         verified=result.verified,
         calibration=result.calibrated,
-        steps=result.steps,
+        steps=result.steps if distilled is None else _with(result.steps, distilled),
+        distilled=distilled,
         compared=result.compared,
         uncalibrated=result.uncalibrated,
         seconds=0.0,
         written=destination,
         opened=subject.opened.of(result.model),
-        training=subject.opened.loaded.training if tuned is None else tuned.training,
+        training=_training(subject, tuned, distilled),
     )
     if destination is not None:
         write(compression, destination)
@@ -304,6 +408,79 @@ def finish(
         notes=(*doubts, *notes),
         seconds=time.perf_counter() - start,
     )
+
+
+def _distilled(
+    subject: Subject,
+    traced: TracedModel,
+    result: Compressed,
+    ready: Ready,
+    progress: Progress,
+    say: Callable[[str], None],
+) -> Taught | None:
+    """Distil a compressed model in place where that is asked for and something is replaced."""
+    dense = _dense(traced)
+    if ready.distillation is None or ready.ending.dry_run or not result.plan.moves:
+        return None
+    assert dense is not None, "the dense model was not kept"
+    data = subject.calibration("data", ready.ending.samples)
+    return teach(ready.distillation, result.model, dense, traced, data, progress, say)
+
+
+def teach(
+    how: Distillation,
+    model: nn.Module,
+    dense: nn.Module,
+    traced: TracedModel,
+    data: Sequence[Any],
+    progress: Progress,
+    say: Callable[[str], None],
+) -> Taught:
+    """Distil a model in place.
+
+    Args:
+        how: What is to be done.
+        model: The compressed model.
+        dense: The dense one.
+        traced: Tells how they take their inputs.
+        data: Batches of them, tensors of any shape.
+        progress: Called after every step.
+        say: Called with a line now and then.
+
+    Raises:
+        UsageError: If no part of the inputs can be held back.
+        UnsupportedError: If a model does not run on them or cannot learn.
+    """
+    batches = in_tenths(traced, [traced.read(batch) for batch in data], how.seed)
+    divisible = traced.sample is not None and traced.sample.batch == 1
+    return how.run(model, dense, batches, divisible, progress, say)
+
+
+def _with(steps: tuple[Step, ...], distilled: Taught) -> tuple[Step, ...]:
+    """The steps before, of which there may be none, and the distillation."""
+    return (*(steps or (Step("the factors", distilled.before),)), distilled.step)
+
+
+def _training(
+    subject: Subject, tuned: Tuned | None, distilled: Taught | None
+) -> Mapping[str, Any] | None:
+    """What is known about the training of the compressed model."""
+    training = subject.opened.loaded.training if tuned is None else tuned.training
+    return training if distilled is None else after_distillation(training, distilled)
+
+
+def after_distillation(training: Mapping[str, Any] | None, done: Taught) -> dict[str, Any]:
+    """What is known about the training of a model once it has been distilled.
+
+    With which settings to fine-tune it, the training still says.
+
+    Args:
+        training: What was known before.
+        done: The distillation.
+    """
+    summary = done.summary()
+    del summary["history"]
+    return {**(training or {}), "distillation": summary}
 
 
 @contextmanager

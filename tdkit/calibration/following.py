@@ -15,11 +15,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tdkit.forward.inputs import Inputs
 from tdkit.forward.trial import run_on_data
 
-# Each of what they are given entry by entry, without parameters.
-_ACTIVATIONS = (
+ACTIVATIONS = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Mish, nn.ELU, nn.CELU, nn.SELU),
     *(nn.Hardswish, nn.Hardtanh, nn.Hardsigmoid, nn.Sigmoid, nn.Tanh, nn.Softplus),
 )
+"""Each of what they are given entry by entry, without parameters."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def following(model: nn.Module, layers: Sequence[str], inputs: Inputs) -> Mappin
         if isinstance(module, _BatchNorm) and module.running_mean is not None:
             norms.append(name)
             handles.append(module.register_forward_hook(partial(normed, name)))
-        elif type(module) in _ACTIVATIONS:
+        elif type(module) in ACTIVATIONS:
             activations.append(name)
             handles.append(module.register_forward_pre_hook(partial(activated, name)))
     try:

@@ -18,6 +18,7 @@ import typer
 
 from tdkit.cli.apply import apply
 from tdkit.cli.compress import compress
+from tdkit.cli.distill import distill
 from tdkit.cli.finetune import finetune
 from tdkit.cli.inspect import inspect
 from tdkit.cli.plugins import plugins
@@ -53,7 +54,18 @@ def _command(run: Callable[..., None]) -> None:
     app.command()(apart)
 
 
-for command in (compress, inspect, score, apply, finetune, train, validate, report, plugins):
+for command in (
+    compress,
+    inspect,
+    score,
+    apply,
+    distill,
+    finetune,
+    train,
+    validate,
+    report,
+    plugins,
+):
     _command(command)
 
 

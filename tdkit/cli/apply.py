@@ -29,6 +29,7 @@ def apply(
     data_root: options.DataRoot = None,
     calibration: options.Calibration = defaults.CALIBRATION,
     samples: options.Samples = defaults.SAMPLES,
+    distill: options.Distill = None,
     finetune: options.Finetune = None,
     learning_rate: options.LearningRate = None,
     resume: options.Resume = None,
@@ -49,7 +50,7 @@ def apply(
 
     settings = parse_settings(set)
     tell_unused_plugins()
-    with resumable(resume, finetune is not None), told_notes():
+    with resumable(resume, finetune is not None or distill is not None), told_notes():
         result = tdkit.apply(
             plan,
             model,
@@ -64,6 +65,7 @@ def apply(
             allow_classes=allow_class or (),
             unsafe_load=unsafe_load,
             device=device,
+            distill=distill,
             finetune=finetune,
             learning_rate=learning_rate,
             resume=resume,

@@ -54,6 +54,7 @@ def compress(
         bool, typer.Option("--fold", help="Fold BatchNorms into layers; ranks get their share.")
     ] = False,
     samples: options.Samples = defaults.SAMPLES,
+    distill: options.Distill = None,
     finetune: options.Finetune = None,
     learning_rate: options.LearningRate = None,
     resume: options.Resume = None,
@@ -93,7 +94,7 @@ def compress(
     fractions, settings = parse_keeps(keeps), parse_settings(set)
     bounds = parse_bounds(bound)
     tell_unused_plugins()
-    with resumable(resume, finetune is not None), told_notes():
+    with resumable(resume, finetune is not None or distill is not None), told_notes():
         result = tdkit.compress(
             model,
             fraction,
@@ -120,6 +121,7 @@ def compress(
             unsafe_load=unsafe_load,
             device=device,
             seed=seed,
+            distill=distill,
             finetune=finetune,
             learning_rate=learning_rate,
             resume=resume,

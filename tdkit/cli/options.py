@@ -108,6 +108,14 @@ Finetune = Annotated[
         help="Fine-tune all layers afterwards, on the training images of --data.",
     ),
 ]
+Distill = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        metavar="EPOCHS|TIME",
+        help="Learn the dense model's outputs on the images of --data, no labels: 20, 60s, 2m;"
+        " 0 for not at all.",
+    ),
+]
 LearningRate = Annotated[
     Optional[float],  # noqa: UP045
     typer.Option(help="Of the fine-tuning; the last one of the training if unset."),
@@ -116,7 +124,7 @@ Resume = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(
         metavar="FILE",
-        help="Written after every epoch; where it exists, training goes on from it.",
+        help="Written now and then; where it exists, training goes on from it.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]

@@ -106,7 +106,7 @@ class Calibrating:
         statistics = _Statistics.of(traced, plan, data)
         if plan.calibration != "data" or plan.effort == "fast" or not layers:
             return cls(statistics, None, plan.effort, statistics.notes)
-        batches = _in_tenths(traced, [traced.read(batch) for batch in data], plan.seed)
+        batches = in_tenths(traced, [traced.read(batch) for batch in data], plan.seed)
         if len(batches) < 2:
             why = "the factors are not fitted to the data: no part of them can be held back"
             return cls(statistics, None, plan.effort, (why,))
@@ -231,11 +231,16 @@ def _affordable(layers: Sequence[Layer]) -> int:
     return count
 
 
-def _in_tenths(traced: TracedModel, batches: Sequence[Inputs], seed: int) -> list[Inputs]:
+def in_tenths(traced: TracedModel, batches: Sequence[Inputs], seed: int) -> list[Inputs]:
     """Batches of which the last tenth can be held back.
 
     Images alone are put in another order, since data often come sorted by class, and cut anew,
     where the model takes any number of them.
+
+    Args:
+        traced: Tells whether it does.
+        batches: Arguments of forward passes, tensors of any shape.
+        seed: Of the order.
     """
     alone = traced.sample is not None and traced.sample.batch == 1
     images = [batch.image for batch in batches]

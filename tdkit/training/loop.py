@@ -34,7 +34,8 @@ NEAR_ZERO_SHARE = 1 / 100
 
 _NEEDED = "Name a data set with labelled images to train on and to validate on."
 
-_HALVES = (torch.float16, torch.bfloat16)
+HALVES = (torch.float16, torch.bfloat16)
+"""What small steps would be lost in to rounding."""
 
 
 @dataclass(frozen=True)
@@ -277,7 +278,7 @@ def train(
         TdkitError: The loss is no longer finite.
     """
     training, validation = trainable_splits(dataset)
-    with mode(model.to(device), training=True), _trainable(model, recipe.channels_last):
+    with mode(model.to(device), training=True), trainable_weights(model, recipe.channels_last):
         run = _Run(model, recipe, device, generator, _optimizer(model, recipe.optimizer))
         if state is not None:
             run.resume(state)
@@ -292,7 +293,7 @@ def train(
                 on_epoch(run.history[-1], run.state())
         model.load_state_dict(run.best)
         run.optimizer.zero_grad()
-    return TrainingResult(_snapshot(model), tuple(run.history))
+    return TrainingResult(snapshot(model), tuple(run.history))
 
 
 def trainable_splits(dataset: Dataset) -> tuple[Split, Split]:
@@ -327,7 +328,7 @@ class _Run:
         self.model, self.recipe, self.device = model, recipe, device
         self.generator, self.optimizer = generator, optimizer
         self.history: list[Epoch] = []
-        self.best = _snapshot(model)
+        self.best = snapshot(model)
 
     def resume(self, state: TrainingState) -> None:
         self.model.load_state_dict(state["model"])
@@ -338,7 +339,7 @@ class _Run:
 
     def state(self) -> TrainingState:
         return {
-            "model": _snapshot(self.model),
+            "model": snapshot(self.model),
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
             "generator": self.generator.get_state(),
             "history": [asdict(line) for line in self.history],
@@ -348,7 +349,7 @@ class _Run:
     def add(self, epoch: Epoch) -> None:
         self.history.append(epoch)
         if _best(self.history) is epoch:
-            self.best = _snapshot(self.model)
+            self.best = snapshot(self.model)
 
     def is_over(self) -> bool:
         if not self.history:
@@ -363,7 +364,7 @@ class _Run:
         """Take one pass over the training images; returns the mean loss per image."""
         steps = steps_per_epoch(len(split), self.recipe.batch_size)
         total, count = 0.0, 0
-        with _own_global_generator(self.generator, self.device):
+        with own_global_generator(self.generator, self.device):
             batches = _training_batches(split, self.recipe.batch_size, self.generator)
             for index, (images, labels) in enumerate(batches):
                 self._set_learning_rate((number - 1) * steps + index, steps)
@@ -404,12 +405,17 @@ class _Run:
 
 
 @contextmanager
-def _trainable(model: nn.Module, channels_last: bool) -> Iterator[None]:
-    """Put the weights in the memory layout and the precision to train in, and back at the end."""
+def trainable_weights(model: nn.Module, channels_last: bool) -> Iterator[None]:
+    """Put the weights in the memory layout and the precision to train in, and back at the end.
+
+    Args:
+        model: Weights in half precision are float32 meanwhile.
+        channels_last: Whether kernels of four axes are in that layout meanwhile.
+    """
     halves = {
         tensor: tensor.dtype
         for tensor in chain(model.parameters(), model.buffers())
-        if tensor.dtype in _HALVES
+        if tensor.dtype in HALVES
     }
     _to_layout(model, channels_last)
     for tensor in halves:
@@ -466,10 +472,14 @@ def _training_batches(
             yield images, labels
 
 
-class _own_global_generator:  # noqa: N801
+class own_global_generator:  # noqa: N801
     """Seed torch's global generator from another one, and put it back at the end.
 
     Dropout and stochastic depth take no generator.
+
+    Args:
+        generator: On the CPU.
+        device: Where the model is.
     """
 
     def __init__(self, generator: torch.Generator, device: Device) -> None:
@@ -490,7 +500,8 @@ def _best(history: Sequence[Epoch]) -> Epoch:
     return max(history, key=lambda line: line.validation_accuracy)
 
 
-def _snapshot(model: nn.Module) -> dict[str, Tensor]:
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of a model's state_dict on the CPU: tensors of any shape, laid out plainly."""
     return {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in model.state_dict().items()

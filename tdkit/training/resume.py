@@ -64,5 +64,6 @@ class Resume:
 
         from tdkit.checkpoint import atomic_write
 
-        with atomic_write(self.path, force=True) as temporary:
-            torch.save({"made_by": dict(self.made_by), "state": state}, temporary)
+        # Of a path without a suffix torch makes no archive.
+        with atomic_write(self.path, force=True) as temporary, temporary.open("wb") as file:
+            torch.save({"made_by": dict(self.made_by), "state": state}, file)

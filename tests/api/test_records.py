@@ -24,6 +24,7 @@ JOBS = {
     "apply": lambda model: tdkit.apply(
         tdkit.Plan((tdkit.Move("5", "svd", 4),)), model, input_shape=SHAPE, measure=False
     ),
+    "distill": lambda model: tdkit.distill(model, network(1), dataset(), distill=1),
     "finetune": lambda model: tdkit.finetune(model, dataset(), epochs=1, learning_rate=0.01),
 }
 

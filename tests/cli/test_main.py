@@ -31,6 +31,7 @@ COMMANDS = (
     "inspect",
     "score",
     "apply",
+    "distill",
     "finetune",
     "train",
     "validate",
