@@ -146,9 +146,10 @@ class Compression:
         return told if self.distilled is None else f"{told}\n{self.distilled.line()}"
 
     def _refitted(self, first: Step, last: Step) -> str:
+        what = "made" if self.calibration == "synthetic" else "unlabelled"
         best = f", the best of {self.compared} plans" if self.compared > 1 else ""
         return (
-            f"the factors are fitted to unlabelled inputs{best}: on those held back the outputs"
+            f"the factors are fitted to {what} inputs{best}: on those held back the outputs"
             f" differ by {last.divergence:.2g} where {first.name} alone left {first.divergence:.2g}"
         )
 

@@ -18,8 +18,7 @@ from tdkit.forward.inputs import Inputs
 from tdkit.forward.trial import trial
 
 Calibration = Literal["none", "noise", "synthetic", "data"]
-"""What BatchNorm is fitted to compressed layers on: nothing, noise images, images synthesised from
-its statistics, or real ones."""
+"""What compressed layers are fitted to: nothing, noise images, made ones, or real ones."""
 
 Statistics = Mapping[str, ChannelStatistics]
 """By the name of a BatchNorm the mean and variance of what it is given."""
@@ -98,7 +97,7 @@ def shift_statistics(compressed: nn.Module, before: Statistics, batches: Iterabl
         UsageError: If there are no inputs.
         UnsupportedError: If the model does not run on them, or they are not finite.
     """
-    after, norms = norm_statistics(compressed, batches), _norms(compressed)
+    after, norms = norm_statistics(compressed, batches), running_norms(compressed)
     shared = [name for name in norms if name in before.keys() & after.keys()]
     kept = {name: copy.deepcopy(norms[name].state_dict()) for name in shared}
     try:
@@ -111,10 +110,11 @@ def shift_statistics(compressed: nn.Module, before: Statistics, batches: Iterabl
 
 def has_statistics(model: nn.Module) -> bool:
     """Whether a model has any BatchNorm with running statistics, which can be calibrated."""
-    return bool(_norms(model))
+    return bool(running_norms(model))
 
 
-def _norms(model: nn.Module) -> dict[str, _BatchNorm]:
+def running_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The BatchNorm layers that have running statistics, by name."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -135,7 +135,7 @@ def _usable(inputs: list[Inputs]) -> list[Inputs]:
 
 def _input_statistics(model: nn.Module, batches: Iterable[Inputs]) -> Statistics:
     """What each BatchNorm is given while all of them use the batch's statistics."""
-    norms = _norms(model)
+    norms = running_norms(model)
     found: dict[str, ChannelStatistics] = {}
 
     def look(name: str, _module: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -38,13 +38,14 @@ def noise_images(like: Tensor, count: int = NOISE_IMAGES, seed: int = defaults.S
     return scaled.to(like)
 
 
-def noise_batches(like: Tensor) -> tuple[Tensor, ...]:
+def noise_batches(like: Tensor, seed: int = defaults.SEED) -> tuple[Tensor, ...]:
     """Noise images to match statistics on, fewer and in smaller batches where they are large.
 
     Args:
         like: One image (1, channels, *size), see :func:`noise_images`.
+        seed: Of the generator that draws them.
     """
     size = max(1, like[0].numel())
     count, batch = (min(most, max(2, room // size)) for most, room in _NOISE)
-    batches: tuple[Tensor, ...] = noise_images(like, count).split(batch)
+    batches: tuple[Tensor, ...] = noise_images(like, count, seed).split(batch)
     return batches

@@ -1,156 +1,186 @@
-"""Inputs made out of what BatchNorm remembers of the training images."""
+"""Inputs that stand in for data, made from what a model itself remembers of its training."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tdkit import defaults
+from tdkit.calibration.batchnorm import running_norms
 from tdkit.calibration.noise import noise_images
 from tdkit.errors import UnsupportedError, first_line
-from tdkit.forward.trial import trial
+from tdkit.forward.inputs import Inputs
+from tdkit.forward.trial import run_on_data, trial
 
-SYNTHETIC_IMAGES = 128
+IMAGES = 64
+"""Made at once: what BatchNorm has stored is matched by all of them together."""
 
-STEPS = 40
+STEPS = 60
+"""Of Adam."""
 
-# Adam's. The images have a deviation of 1 or so.
-_RATE, _BETAS, _LAST = 0.1, (0.5, 0.9), 0.05
+RATE = 0.1
+"""Adam's learning rate at first, in deviations of an image; it falls to 0 along a cosine. Of more
+the images match less well what the model was trained on."""
 
-# What a nat of doubt about an image's class counts beside those of BatchNorm's inputs.
-_CLASS = 0.1
+# Elements of the images, at most.
+_ROOM = 2**22
+
+# Of Adam, after Yin et al.: so few steps leave no time for a longer memory.
+_BETAS = (0.5, 0.9)
 
 
 def synthetic_images(
     model: nn.Module,
     like: Tensor,
-    count: int = SYNTHETIC_IMAGES,
-    steps: int = STEPS,
     seed: int = defaults.SEED,
+    steps: int = STEPS,
 ) -> Tensor:
-    """Images on which every BatchNorm of a model is given what it remembers of its training.
+    """Images whose features have the means and variances that every BatchNorm has stored.
 
-    They start as noise. Adam then makes small, summed over the BatchNorms, the Kullback-Leibler
-    divergence of the normal distributions with the mean and variance of a channel over all images,
-    and with those that are stored; where the model returns scores, each image is also to look like
-    a class that is drawn for it. Cai et al. 2020, "ZeroQ"; Yin et al. 2020, "Dreaming to distill"
-    (DeepInversion).
+    They start as noise, see :func:`tdkit.calibration.noise.noise_images`, and Adam changes them.
+    What is made small is the divergence of :func:`mismatch`. Cai et al. 2020, "ZeroQ: a novel
+    zero shot quantization framework"; Yin et al. 2020, "Dreaming to distill: data-free knowledge
+    transfer via DeepInversion".
 
     Args:
-        model: It is afterwards as before.
-        like: Model inputs (batch, channels, *size), for shape, dtype and device.
-        count: How many, two or more.
-        steps: Of Adam, each a pass forward and back of all images.
-        seed: Of the generator that draws noise and classes.
+        model: Has some BatchNorm with running statistics. It stays as it is.
+        like: One image (1, channels, *size), for shape, dtype and device.
+        seed: Of the noise.
+        steps: Of Adam.
 
     Returns:
         (count, channels, *size).
 
     Raises:
-        UnsupportedError: If the model has no BatchNorm with statistics, does not run on such
-            images or cannot be differentiated, or something is not finite.
+        UnsupportedError: If the model does not run on them, or is not differentiable.
     """
-    # The steps are too small for half precision.
-    start = noise_images(like.to(torch.promote_types(like.dtype, torch.float32)), count, seed)
     try:
-        with trial(model), _frozen(model), torch.enable_grad():
-            found = _descended(model, start, like.dtype, steps, seed)
-    except (MemoryError, torch.OutOfMemoryError, UnsupportedError):
+        images = _fitted(model, noise_images(like, image_count(like), seed), steps)
+    except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a model may fail in any way
-        raise UnsupportedError(f"no inputs can be synthesised: {first_line(error)}") from error
-    if not bool(found.isfinite().all()):
-        raise UnsupportedError("what is synthesised is not finite")
-    return found.to(like.dtype)
+        raise UnsupportedError(f"no inputs can be made: {first_line(error)}") from error
+    if not bool(images.isfinite().all()):
+        raise UnsupportedError("no inputs can be made: their features are not finite")
+    return images
 
 
-def _descended(
-    model: nn.Module, start: Tensor, dtype: torch.dtype, steps: int, seed: int
-) -> Tensor:
-    images = start.clone().requires_grad_()
-    generator = torch.Generator().manual_seed(seed)
-    chances = torch.rand(len(images), generator=generator).to(images.device)
-    optimizer = torch.optim.Adam([images], lr=_RATE, betas=_BETAS)
-    for step in range(steps):
-        falling = (1 + math.cos(math.pi * step / steps)) / 2
-        optimizer.param_groups[0]["lr"] = _RATE * (_LAST + (1 - _LAST) * falling)
-        optimizer.zero_grad()
-        with _misses(model) as misses:
-            outputs = model(images.to(dtype, copy=True))
-        if not misses:
-            raise UnsupportedError("the model has no BatchNorm with statistics")
-        loss = torch.stack(misses).sum() + _CLASS * _doubt(outputs, chances)
-        (images.grad,) = torch.autograd.grad(loss, [images])
-        optimizer.step()
-    return images.detach()
+def image_count(like: Tensor) -> int:
+    """How many images are made: :data:`IMAGES`, fewer where they are large.
 
-
-def _doubt(outputs: Any, chances: Tensor) -> Tensor | float:
-    """How little scores say of the classes that are drawn; nothing where they are no scores."""
-    scores = isinstance(outputs, Tensor) and outputs.ndim == 2 and outputs.shape[1] > 1
-    if not scores or len(outputs) != len(chances):
-        return 0.0
-    return functional.cross_entropy(outputs.float(), (chances * outputs.shape[1]).long())
+    Args:
+        like: One image (1, channels, *size).
+    """
+    return min(IMAGES, max(2, _ROOM // max(1, like[0].numel())))
 
 
 def mismatch(model: nn.Module, images: Tensor) -> float:
-    """How far what each BatchNorm is given is from what it remembers, in nats a channel, summed.
+    """How far what BatchNorm layers are given is from what they have stored, in nats.
+
+    For every channel the Kullback-Leibler divergence of two normal distributions, that of the
+    images and the stored one; the mean over channels, summed over layers.
 
     Args:
-        model: It is afterwards as before.
-        images: (batch, channels, *size).
+        model: It stays as it is.
+        images: A batch (count, channels, *size).
     """
-    with trial(model), _misses(model) as misses:
-        model(images.clone())
-    return float(torch.stack(misses).sum())
+    with trial(model), _watched(model) as losses:
+        Inputs((images,)).run(model)
+    return float(torch.stack(losses).sum())
+
+
+def _fitted(model: nn.Module, noise: Tensor, steps: int) -> Tensor:
+    images = noise.clone().requires_grad_()
+    adam = torch.optim.Adam([images], RATE, _BETAS)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps)
+    for _ in range(steps):
+        with trial(model), _watched(model) as losses, torch.enable_grad():
+            Inputs((images,)).run(model)
+            # To the images alone: parameters keep the gradients that they have.
+            (images.grad,) = torch.autograd.grad(torch.stack(losses).sum(), images)
+        adam.step()
+        schedule.step()
+    return images.detach()
 
 
 @contextmanager
-def _misses(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects for every call of a BatchNorm how far its input is from its statistics."""
-    found: list[Tensor] = []
+def _watched(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects the divergence of every BatchNorm that is run meanwhile, each a number."""
+    losses: list[Tensor] = []
 
-    def look(norm: nn.Module, args: tuple[Any, ...]) -> None:
-        assert isinstance(norm, _BatchNorm)
-        found.append(_missed(norm, args[0]))
+    def look(norm: _BatchNorm, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        losses.append(_divergence(norm, args[0]))
 
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    handles = [norm.register_forward_pre_hook(look) for norm in norms]
+    norms = running_norms(model).values()
+    handles = [norm.register_forward_pre_hook(partial(look, norm)) for norm in norms]
     try:
-        yield found
+        yield losses
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _missed(norm: _BatchNorm, given: Tensor) -> Tensor:
-    """KL(given || stored), the mean over channels."""
+def _divergence(norm: _BatchNorm, given: Tensor) -> Tensor:
+    """Of one layer; given (batch, channels, *size)."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     axes = [axis for axis in range(given.ndim) if axis != 1]
-    variance, mean = torch.var_mean(given.float(), axes, correction=0)
-    stored = norm.running_var.float() + norm.eps
-    ratio = (variance + norm.eps) / stored
-    off = (mean - norm.running_mean.float()).square() / stored
-    missed: Tensor = (ratio + off - 1 - ratio.log()).mean() / 2
-    return missed
+    variance, mean = torch.var_mean(given, axes, correction=0)
+    unit = norm.running_var + norm.eps
+    ratio = (variance + norm.eps) / unit
+    gap = (mean - norm.running_mean).square() / unit
+    return (gap + ratio - 1 - ratio.log()).mean() / 2
 
 
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter is differentiated meanwhile."""
-    wanted = [p for p in model.parameters() if p.requires_grad]
+def random_tokens(
+    model: nn.Module, example: Inputs, counts: Sequence[int], seed: int = defaults.SEED
+) -> tuple[Inputs, ...]:
+    """Sequences of tokens drawn alike from the vocabulary, that of the largest embedding.
+
+    Args:
+        model: It stays as it is.
+        example: One sample, (1, ...) each tensor that has the batch axis; all but the tokens is
+            repeated.
+        counts: How many in each batch.
+        seed: Of the generator that draws them.
+
+    Returns:
+        Batches; none where no embedding is given what the model is given.
+
+    Raises:
+        UnsupportedError: If the model does not run on the example.
+    """
+    found: list[tuple[int, Tensor]] = []
+
+    def look(embedding: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert isinstance(embedding, nn.Embedding)
+        found.extend((embedding.num_embeddings, each.clone()) for each in args[:1])
+
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    handles = [module.register_forward_pre_hook(look) for module in embeddings]
     try:
-        for parameter in wanted:
-            parameter.requires_grad_(False)
-        yield
+        run_on_data(model, example)
     finally:
-        for parameter in wanted:
-            parameter.requires_grad_()
+        for handle in handles:
+            handle.remove()
+    words, tokens = max(found, key=lambda each: each[0], default=(0, torch.empty(0)))
+    if not any(_are(each, tokens) for each in example.tensors):
+        return ()
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(count: int, tensor: Tensor) -> Tensor:
+        if _are(tensor, tokens):
+            shape = (count, *tensor.shape[1:])
+            return torch.randint(words, shape, generator=generator).to(tensor)
+        return tensor.repeat_interleave(count, 0) if tensor.ndim and len(tensor) == 1 else tensor
+
+    return tuple(example.map(partial(drawn, count)) for count in counts)
+
+
+def _are(given: Tensor, tokens: Tensor) -> bool:
+    return given.shape == tokens.shape and given.ndim > 0 and torch.equal(given, tokens)

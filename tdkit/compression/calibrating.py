@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,9 +19,9 @@ from tdkit.calibration.batchnorm import (
     shift_statistics,
 )
 from tdkit.calibration.noise import noise_batches
-from tdkit.calibration.synthesis import STEPS, SYNTHETIC_IMAGES, synthetic_images
 from tdkit.compression.plan import Plan
 from tdkit.compression.refit import Observed, Part, Refitted, refit
+from tdkit.compression.synthetic import synthetic_inputs
 from tdkit.errors import UnsupportedError, first_line
 from tdkit.forward.inputs import Inputs
 from tdkit.layers.inventory import Layer
@@ -30,10 +30,6 @@ from tdkit.layers.weights import is_finite
 
 # Inputs in one forward pass, at most.
 _TOGETHER = 64
-
-# MACs that all forward passes of a synthesis may take, about a minute and a half on two cores, and
-# the fewest images that are worth it.
-_PASSES, _FEWEST = 10**12, 32
 
 
 @dataclass(frozen=True)
@@ -80,12 +76,14 @@ class Calibrating:
         seen: What its layers and itself returned; None where factors stay as they are.
         effort: The plan's.
         notes: Why factors stay as they are although the plan asks for more.
+        instead: What BatchNorm is calibrated on where that is not what the plan says.
     """
 
     statistics: _Statistics
     seen: Observed | None
     effort: str
     notes: tuple[str, ...] = ()
+    instead: Calibration | None = None
 
     @classmethod
     def of(
@@ -103,10 +101,16 @@ class Calibrating:
             UsageError: If there are none and the plan needs them.
             UnsupportedError: If the model does not run on them.
         """
-        statistics = _Statistics.of(traced, plan, data)
-        if plan.calibration != "data" or plan.effort == "fast" or not layers:
-            return cls(statistics, None, plan.effort, statistics.notes)
-        batches = in_tenths(traced, [traced.read(batch) for batch in data], plan.seed)
+        made, notes = _made(traced, plan)
+        how, given = plan.calibration, data
+        if how == "synthetic":
+            how, given = ("data", made) if made else ("noise", ())
+        statistics = _Statistics.of(traced, how, given)
+        instead = how if plan.calibration == "synthetic" and not made else None
+        if how != "data" or plan.effort == "fast" or not layers:
+            return cls(statistics, None, plan.effort, notes, instead)
+        # Made inputs are cut already, so that no mirror image of one held back is fitted to.
+        batches = made or in_tenths(traced, [traced.read(batch) for batch in data], plan.seed)
         if len(batches) < 2:
             why = "the factors are not fitted to the data: no part of them can be held back"
             return cls(statistics, None, plan.effort, (why,))
@@ -135,8 +139,8 @@ class Calibrating:
             UnsupportedError: If the model does not run on the inputs.
         """
         if self.seen is None or not parts:
-            unknown, instead = self.statistics.shift(model), self.statistics.instead
-            return Calibrated(uncalibrated=unknown, notes=self.notes, instead=instead)
+            unknown = self.statistics.shift(model)
+            return Calibrated(uncalibrated=unknown, notes=self.notes, instead=self.instead)
         plain = kept_state(model, parts)
         try:
             return self._fitted(model, parts, self.seen, plain, progress)
@@ -207,28 +211,14 @@ def restore(state: State) -> None:
             tensor.copy_(value)
 
 
-def _synthesised(traced: TracedModel, image: Tensor, seed: int) -> tuple[Inputs, ...]:
-    """Images that BatchNorm's statistics are made of.
-
-    Raises:
-        UnsupportedError: If none can be made, or only in minutes.
-    """
-    count = _affordable(traced.layers)
-    images = synthetic_images(traced.model, image, count, seed=seed % 2**63)
-    return tuple(Inputs((batch,)) for batch in images.split(_TOGETHER))
-
-
-def _affordable(layers: Sequence[Layer]) -> int:
-    """How many images are synthesised: by MACs, not by a clock, so that it can be repeated.
-
-    Raises:
-        UnsupportedError: If even a few would take minutes.
-    """
-    macs = sum(layer.macs or 0 for layer in layers)
-    count = min(SYNTHETIC_IMAGES, _PASSES // (STEPS * max(1, macs)))
-    if count < _FEWEST:
-        raise UnsupportedError(f"with {macs:,} MACs of a forward pass that would take minutes")
-    return count
+def _made(traced: TracedModel, plan: Plan) -> tuple[Sequence[Inputs], tuple[str, ...]]:
+    """Inputs made from the model, and why there are none where that is worth a note."""
+    if plan.calibration != "synthetic" or plan.effort == "fast":
+        return (), ()
+    try:
+        return synthetic_inputs(traced, plan.seed % 2**63), ()
+    except (UnsupportedError, MemoryError, torch.OutOfMemoryError) as error:
+        return (), (f"noise stands in for inputs made from the model: {first_line(error)}",)
 
 
 def in_tenths(traced: TracedModel, batches: Sequence[Inputs], seed: int) -> list[Inputs]:
@@ -261,14 +251,12 @@ class _Statistics:
     batches: tuple[Inputs, ...] = ()
     before: Statistics | None = None
     unknown: str | None = None
-    notes: tuple[str, ...] = ()
-    instead: Calibration | None = None
 
     @classmethod
-    def of(cls, traced: TracedModel, plan: Plan, data: Sequence[Any]) -> _Statistics:
-        if plan.calibration == "none" or not has_statistics(traced.model):
+    def of(cls, traced: TracedModel, how: str, data: Sequence[Any]) -> _Statistics:
+        if how == "none" or not has_statistics(traced.model):
             return cls()
-        if plan.calibration == "data":
+        if how == "data":
             batches = tuple(traced.read(batch) for batch in data)
             return cls(batches, norm_statistics(traced.model, batches))
         if traced.inputs is None:
@@ -276,19 +264,6 @@ class _Statistics:
         image = traced.inputs.image
         if image is None:
             return cls(unknown="the model's input is no image that noise could stand for")
-        if plan.calibration == "noise":
-            return cls._on_noise(traced, image)
-        if plan.effort == "fast":
-            return replace(cls._on_noise(traced, image), instead="noise")
-        try:
-            made = _synthesised(traced, image, plan.seed)
-            return cls(made, norm_statistics(traced.model, made))
-        except (UnsupportedError, MemoryError, torch.OutOfMemoryError) as error:
-            told = f"noise stands in for images synthesised for BatchNorm: {first_line(error)}"
-            return replace(cls._on_noise(traced, image), notes=(told,), instead="noise")
-
-    @classmethod
-    def _on_noise(cls, traced: TracedModel, image: Tensor) -> _Statistics:
         noise = tuple(Inputs((batch,)) for batch in noise_batches(image))
         try:
             return cls(noise, norm_statistics(traced.model, noise))

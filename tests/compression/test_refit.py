@@ -158,7 +158,8 @@ def test_of_several_plans_the_one_is_kept_whose_model_is_nearest() -> None:
     assert several.compared > 1
     assert gap(several) <= gap(by_metric["relative-weights"]) * (1 + 1e-6)
     assert several.plan.metric in by_metric
-    again = tdkit.apply(several.plan, dense, data=list(images(160).split(16)), measure=False)
+    data_of: dict[str, Any] = {"data": list(images(160).split(16)), "distill": 0}
+    again = tdkit.apply(several.plan, dense, measure=False, **data_of)
     for key, value in several.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[key]), key
     assert {key: c.after for key, c in several.report.costs.items() if c} == {
@@ -252,7 +253,7 @@ def rows(count: int = 1000, seed: int = 0) -> Tensor:
 def test_without_any_bias_the_mean_is_part_of_the_metric() -> None:
     dense, batch = plain_model(), [Inputs((rows(500, seed=1),))]
     models = {
-        effort: tdkit.compress(dense, 0.5, data=rows(), effort=effort, measure=False)
+        effort: tdkit.compress(dense, 0.5, data=rows(), effort=effort, distill=0, measure=False)
         for effort in ("fast", "default", "best")
     }
     assert {move.layer for move in models["fast"].plan.moves} & {"mid", "down"}
