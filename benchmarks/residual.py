@@ -67,14 +67,15 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
     data = open_dataset("fashion-mnist", load_registry())
     torch.manual_seed(0)
     recipe = FitRecipe(
-        OptimizerRecipe("sgd", 0.1, momentum=0.9, weight_decay=5e-4),
-        ScheduleRecipe("one-cycle"),
-        epochs=5,
+        epochs=6,
         batch_size=128,
+        optimizer=OptimizerRecipe("sgd", 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4),
+        schedule=ScheduleRecipe("one-cycle"),
+        channels_last=True,
     )
     generator = torch.Generator().manual_seed(0)
     result = train(
-        model.to(memory_format=torch.channels_last), data, recipe, generator=generator,
+        model, data, recipe, generator=generator,
         on_epoch=lambda line, _: print(line, flush=True),
     )  # fmt: skip
     model.load_state_dict(result.weights)

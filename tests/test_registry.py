@@ -80,7 +80,7 @@ def test_the_built_ins_are_one_provider_like_any_other(builtin) -> None:
     assert provider.failure is None
     assert {hook: set(found) for hook, found in provider.provides.items()} == builtin
     assert builtin["tdkit_decompositions"] == {"svd", "cp", "tucker", "tt"}
-    assert len(builtin["tdkit_metrics"]) == 6
+    assert len(builtin["tdkit_metrics"]) == 8
     assert {"garipov", "resnet18-cifar", "resnet18"} <= builtin["tdkit_models"]
     assert "fashion-mnist-sample" in builtin["tdkit_datasets"]
     assert builtin["tdkit_planners"] == {"greedy"}

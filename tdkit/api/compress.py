@@ -101,9 +101,10 @@ def compress(
         penalty: By what errors add up over layers: ``logarithm``, ``squares`` or ``itself``; by
             the metric's own law if None. See :data:`tdkit.metrics.base.PENALTIES`.
         planner: The name of the planner; ``greedy``, or with ``bounds`` ``exact``, if None.
-        calibration: What the compressed layers are fitted to: ``data``; ``noise`` images, for
-            BatchNorm alone; ``synthetic`` ones, made of its statistics, likewise; ``none``; or
-            ``auto``: data where there are some, else noise, with the best effort synthetic images.
+        calibration: What the compressed layers are fitted to: ``data``; ``synthetic`` inputs, made
+            from the statistics that BatchNorm has stored, or random tokens; ``noise`` images, for
+            BatchNorm alone; ``none``; or ``auto``: data where there are some, else noise, with the
+            best effort synthetic inputs.
         effort: How hard, where it is data: ``fast`` fits BatchNorm's statistics, ``default`` the
             factors of every layer to what the compressed layers before it deliver, ``best`` those
             to the activation that follows, too, and distils for a minute.

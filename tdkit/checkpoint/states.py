@@ -210,7 +210,8 @@ def expected_shapes(model: nn.Module, structure: Structure) -> dict[str, Shape]:
         structure: What stands in the place of replaced layers.
 
     Raises:
-        UnreadableFileError: If the model lacks a layer that ``structure`` names.
+        UnreadableFileError: If the model lacks a layer that ``structure`` names, or nothing is to
+            stand where another thing is than a BatchNorm, which may be folded.
     """
     shapes = {
         name: tuple(value.shape)
@@ -224,6 +225,11 @@ def expected_shapes(model: nn.Module, structure: Structure) -> dict[str, Shape]:
             raise UnreadableFileError(
                 f"the file replaces a layer {shown(name)} that the architecture does not have",
                 f"name the architecture that it was made from with {option('arch')}",
+            )
+        if not structure[name] and f"{prefix}running_mean" not in replaced:
+            raise UnreadableFileError(
+                f"the file puts nothing in the place of {shown(name)}, which is no BatchNorm",
+                "write the file again with this version of tdkit, or pass the plain state_dict",
             )
         for key in replaced:
             del shapes[key]

@@ -92,7 +92,8 @@ Calibration = Annotated[
     typer.Option(
         metavar="HOW",
         help="What to fit the compressed layers to: data (training images of --data, no labels),"
-        " noise or synthetic (BatchNorm only), none; auto is data where there are training images.",
+        " synthetic (inputs made from the model), noise (BatchNorm only), none; auto is data where"
+        " there are training images.",
     ),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Batch of the latency runs.")]

@@ -201,7 +201,7 @@ def with_costs(monkeypatch) -> None:
     registry = load_registry()
     mine = {cost.name: CostRecord(cost.name, "a test's", cost) for cost in (Halves, Doubles)}
     more = replace(registry, costs={**registry.costs, **mine})
-    for job in ("compress", "score", "plan", "apply"):
+    for job in ("compress", "score", "apply"):
         monkeypatch.setattr(f"tdkit.api.{job}.load_registry", lambda: more)
 
 

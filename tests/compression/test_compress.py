@@ -135,7 +135,7 @@ class TestGoal:
     def test_unknown_calibrations_are_refused(self) -> None:
         with pytest.raises(UsageError, match="unknown calibration 'magic'") as caught:
             Goal(0.5, calibration="magic")  # type: ignore[arg-type]
-        assert "none, noise, data" in str(caught.value.hint)
+        assert "none, noise, synthetic, data" in str(caught.value.hint)
 
     def test_one_is_a_budget(self) -> None:
         assert Goal(1).budget == 1

@@ -1333,7 +1333,7 @@ DESCRIPTIONS = [
         UnreadableFileError,
         "does not fit tiny",
     ),
-    ("no-stages", FRAME % ("{}", '{"conv1": []}', "null"), UnreadableFileError, "puts 0 layers"),
+    ("no-stages", FRAME % ("{}", '{"conv1": []}', "null"), UnreadableFileError, "nothing"),
     (
         "huge-layer",
         FRAME % ("{}", '{"conv1": [%s]}' % (SPEC % 2**30), "null"),
