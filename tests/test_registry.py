@@ -83,7 +83,7 @@ def test_the_built_ins_are_one_provider_like_any_other(builtin) -> None:
     assert len(builtin["tdkit_metrics"]) == 8
     assert {"garipov", "resnet18-cifar", "resnet18"} <= builtin["tdkit_models"]
     assert "fashion-mnist-sample" in builtin["tdkit_datasets"]
-    assert builtin["tdkit_planners"] == {"greedy"}
+    assert builtin["tdkit_planners"] == {"exact", "greedy"}
     assert builtin["tdkit_costs"] == {"params", "macs"}
 
 
