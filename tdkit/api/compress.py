@@ -95,9 +95,9 @@ def compress(
         methods: Names of decompositions; by default each at the keeps where it is fast.
         settings: Of methods: ``{"cp": {"sweeps": 20}}``.
         metric: The error whose penalties, summed over layers, are kept small. Feature metrics
-            need ``data``. If None, ``relative-weights``; where factors are fitted to data, plans
-            by what these say of the candidates are made as well, and the one is kept whose model
-            is nearest to the dense one on them.
+            need ``data``. If None, ``relative-weights``; where factors are fitted to data
+            ``whitened-features`` of fitted candidates, and with the best effort whichever of three
+            gives the model that is nearest to the dense one on them.
         penalty: By what errors add up over layers: ``logarithm``, ``squares`` or ``itself``; by
             the metric's own law if None. See :data:`tdkit.metrics.base.PENALTIES`.
         planner: The name of the planner; ``greedy``, or with ``bounds`` ``exact``, if None.
@@ -224,7 +224,7 @@ def compress(
             chooser,
             batches=batches,
             calibration=images,
-            compare=metric is None and penalty is None,
+            by_data=metric is None and penalty is None,
             progress=lambda done, total: _update(update, done, total),
             refitting=lambda done, total: update(REFITTING, done, total),
         )

@@ -142,7 +142,7 @@ def compress_model(
     *,
     batches: Sequence[Any] = (),
     calibration: Sequence[Any] = (),
-    compare: bool = False,
+    by_data: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
     refitting: Callable[[int, int], None] = lambda done, total: None,
 ) -> Compressed:
@@ -157,8 +157,9 @@ def compress_model(
         batches: Model inputs, tensors of any shape, for feature metrics and moments.
         calibration: Model inputs to fit the compressed layers to, where that is the goal's
             calibration; never those that are reported on.
-        compare: Where factors are fitted to data, make plans by what these say of the candidates
-            as well, and keep the one whose model is nearest to the dense one on them.
+        by_data: Where factors are fitted to data, plan by what these say of the candidates; with
+            the best effort build several plans and keep the one whose model is nearest to the
+            dense one.
         progress: Called with units done and all units while scoring.
         refitting: Called with the layers that are fitted to data and all of them.
 
@@ -175,13 +176,22 @@ def compress_model(
     drafts = [
         Draft(goal.metric, score(traced, grid, batches=batches, progress=progress, kept=kept))
     ]
-    if compare and goal.calibration == "data" and goal.effort != "fast":
-        drafts += drafts_from_data(traced, grid, goal.effort, calibration, progress)
+    if by_data and goal.calibration == "data" and goal.effort != "fast":
+        share = _share(traced, totals[goal.cost.name], goal)
+        found = drafts_from_data(traced, grid, goal.effort, share, calibration, progress)
+        drafts = [*found, *drafts]
     applying = Applying(traced, grid.methods, calibration, batches, grid.costs, refitting, kept, {})
     folding = Folding.of(traced, grid.costs) if goal.fold else Folding()
     job = _Job(applying, grid, goal, planner, totals, folding)
     with Surgery(traced) as surgery:
         return applying.finished(job.best(drafts, surgery), folding, surgery)
+
+
+def _share(traced: TracedModel, total: int, goal: Goal) -> float:
+    """The fraction of the layers that can be replaced which may remain."""
+    free = [layer for layer in traced.layers if layer.reason is None and layer.spec is not None]
+    of = [goal.cost.of([layer.spec], layer) for layer in free if layer.spec is not None]
+    return max(0.0, 1 - (1 - goal.budget) * total / max(1, sum(of)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,15 +206,15 @@ class _Job:
     folding: Folding
 
     def best(self, drafts: Sequence[Draft], surgery: Surgery) -> Compressed:
-        """The model of the draft that leaves the least divergence, which the model then is."""
+        """The model of the draft that leaves the least divergence, which the model then is.
+
+        Without the best effort that of the first draft that reaches the budget.
+        """
+        if self.goal.effort != "best":
+            return next(self._built(drafts, surgery))
         model = self.applying.traced.model
-        first, *others = drafts
-        if not others:
-            return self.built(first, surgery)
-        plain = kept_state(model)
-        found = []
-        for draft in self._apart(drafts):
-            result = self.built(draft, surgery)
+        plain, found = kept_state(model), []
+        for result in self._built(drafts, surgery):
             found.append(_Built(result, kept_state(model), surgery.take_off()))
             restore(plain)
         best = min(found, key=lambda each: each.result.divergence)
@@ -213,19 +223,21 @@ class _Job:
         restore(best.norms)
         return replace(best.result, compared=len(found))
 
-    def _apart(self, drafts: Sequence[Draft]) -> Iterator[Draft]:
-        """Those that lead to different plans. The first one alone must reach the budget."""
+    def _built(self, drafts: Sequence[Draft], surgery: Surgery) -> Iterator[Compressed]:
+        """The models of those drafts that reach the budget, by different plans; at least one."""
         seen: list[frozenset[Move]] = []
         for number, draft in enumerate(drafts):
             try:
                 moves = frozenset(self.plan(draft, {}).moves)
+                if moves in seen:
+                    continue
+                result = self.built(draft, surgery)
             except UsageError:
-                if not number:
+                if not seen and number == len(drafts) - 1:
                     raise
                 continue
-            if moves not in seen:
-                seen.append(moves)
-                yield draft
+            seen.append(moves)
+            yield result
 
     def built(self, draft: Draft, surgery: Surgery) -> Compressed:
         """The model of a draft, planned around what breaks it."""

@@ -42,6 +42,7 @@ def drafts_from_data(
     traced: TracedModel,
     grid: Grid,
     effort: str,
+    share: float,
     batches: Sequence[Any],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Draft]:
@@ -53,6 +54,8 @@ def drafts_from_data(
         traced: The dense model.
         grid: The methods, and what else is scored.
         effort: One of :data:`tdkit.defaults.EFFORTS`; ``best`` looks at the model's output, too.
+        share: The fraction of the layers that may remain: candidates of a quarter to four times of
+            it are scored.
         batches: Model inputs, tensors of any shape.
         progress: See :func:`tdkit.compression.scoring.score`.
 
@@ -66,7 +69,7 @@ def drafts_from_data(
         grid,
         methods={name: DataAware(method, _STEPS) for name, method in grid.methods.items()},
         metrics=metrics,
-        keeps=[keep for keep in grid.keeps if keep in _KEEPS] or grid.keeps,
+        keeps=[k for k in grid.keeps if k in _KEEPS and share / 4 <= k <= 4 * share] or grid.keeps,
     )
     candidates = score(traced, fitted, batches=batches, progress=progress)
     return [Draft(metric, candidates) for metric in metrics]

@@ -442,9 +442,10 @@ def test_divergence_is_in_nats_for_scores_and_relative_for_the_rest() -> None:
     assert divergence([[tokens]], [[tokens[:2]]]) == float("inf")
 
 
-def test_where_covariances_take_long_there_is_one_plan_unless_asked(
+def test_where_covariances_take_long_the_plan_is_by_weights_unless_asked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    assert compressed(model(), "default", metric=None).plan.metric == "whitened-features"
     monkeypatch.setattr(drafts, "_MOST", 10)
-    assert compressed(model(), "default", metric=None).compared == 1
+    assert compressed(model(), "default", metric=None).plan.metric == "relative-weights"
     assert compressed(model(), "best", metric=None).compared > 1
