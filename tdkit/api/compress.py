@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tdkit import arguments, defaults
 from tdkit.api.aiming import aim
 from tdkit.api.compression import Compression, Ending, Ready, finish, length_of
@@ -211,7 +213,8 @@ def compress(
     ending = ending.under(effort, how, inplace)
     ready = ending.check(subject, f"{subject.opened.name}-{goal.budget:g}", [model], grid.seed)
     patterns = arguments.names(layers, "layers")
-    with listening(progress) as update:
+    # Whatever mode the caller is in: fitting takes gradients.
+    with torch.inference_mode(False), listening(progress) as update:
         traced = traced_subject(subject, patterns, include_ends, inplace, ready)
         before = state_bytes(traced.model)
         needed = looks_at_data(grid.methods, grid.metrics)
@@ -219,17 +222,16 @@ def compress(
         result = compress_model(
             traced,
             grid,
-            # A plan says how hard to fit to data; it takes no fit to make one.
-            replace(goal, calibration=how, effort="fast" if dry_run else effort),
+            replace(goal, calibration=how),
             chooser,
             batches=batches,
             calibration=images,
             by_data=metric is None and penalty is None,
+            fit=not dry_run,
             progress=lambda done, total: _update(update, done, total),
             refitting=lambda done, total: update(REFITTING, done, total),
         )
         update(REPLACING, 1, 1)
-        result = replace(result, plan=replace(result.plan, effort=effort))
         return finish(subject, traced, result, ready, before, start, update, say, note)
 
 

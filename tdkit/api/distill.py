@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from tdkit import arguments, defaults
@@ -146,9 +147,10 @@ def distill(
         destination = Destination.of(taught.opened, Path(output), default, format, force, files)
         destination.check(with_plan=False)
     traced = TracedModel.of(subject.model, subject.inputs(), readonly=True)
-    own = taught.model if taught.owned else own_copy(taught.model)
     inputs = subject.calibration("data", samples)
-    with listening(progress) as update:
+    # Whatever mode the caller is in: learning takes gradients.
+    with torch.inference_mode(False), listening(progress) as update:
+        own = taught.model if taught.owned else own_copy(taught.model)
         done = teach(how, own, subject.model, traced, inputs, update, say)
     if destination is not None:
         _write(taught, own, done, destination)
@@ -158,7 +160,7 @@ def distill(
         seed=rounds,
         seconds=time.perf_counter() - start,
         written=destination,
-        notes=(*subject.opened.notes, *done.notes),
+        notes=(*taught.opened.notes, *subject.opened.notes, *done.notes),
     )
 
 

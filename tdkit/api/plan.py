@@ -19,7 +19,7 @@ def plan(
     *,
     cost: str = defaults.COST,
     bounds: Mapping[str, float] | None = None,
-    metric: str = defaults.METRIC,
+    metric: str | None = None,
     penalty: str | None = None,
     planner: str | None = None,
     calibration: str = defaults.CALIBRATION,
@@ -31,14 +31,15 @@ def plan(
     Of a model it is verified like a compression, so that it can be applied as it is. Of scores it
     takes milliseconds, and any number of budgets can be planned from one scoring; it is then made
     of whatever was scored: with ``keeps="compress"`` what :func:`compress` considers, so that the
-    plans are the same, and with the keeps of the paper less.
+    plans are those that it makes without data, and with the keeps of the paper less.
 
     Args:
         model: A module, a file, a registered name, or what :func:`score` returned.
         budget: The fraction of the whole model's cost that may remain, in (0, 1].
         cost: What the budget counts.
         bounds: Fractions of other costs that may remain: ``{"macs": 0.5}``.
-        metric: The error whose penalties, summed over layers, are kept small.
+        metric: The error whose penalties, summed over layers, are kept small; of a model see
+            :func:`compress`, of scores ``relative-weights`` if None.
         penalty: By what errors add up over layers; by the metric's own law if None.
         planner: The name of the planner; ``greedy``, or with ``bounds`` ``exact``, if None.
         calibration: What the layers are to be fitted to; of scores, ``auto`` is noise.
@@ -58,4 +59,4 @@ def plan(
             f"{', '.join(more)} belong to the scoring, which is done",
             "say it where the scores are made",
         )
-    return model.plan(budget, **how)
+    return model.plan(budget, **how | {"metric": metric or defaults.METRIC})

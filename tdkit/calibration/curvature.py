@@ -32,6 +32,10 @@ _LARGEST = 2**27
 _TOGETHER = 16
 
 
+class NoGradientsError(UnsupportedError):
+    """A model cannot be differentiated."""
+
+
 def curvatures(
     model: nn.Module,
     layers: Sequence[Layer],
@@ -57,15 +61,24 @@ def curvatures(
 
     Raises:
         UnsupportedError: If the model does not run on the batches.
+        NoGradientsError: If it does not run backwards, where that is wanted.
     """
     specs = {x.name: x.spec for x in layers if x.spec is not None and _bytes(_channels(x.spec))}
     inputs = _covariances(model, specs, layers, batches, sample, seed)
     pulled = _gradients(model, specs, batches, seed) if outputs and inputs else {}
+    if outputs and inputs and not pulled:
+        raise NoGradientsError("no gradient of the model's output reaches its layers")
     return {
-        name: Curvature(specs[name], value, pulled.get(name))
+        name: Curvature(specs[name], value, _or_none_at_all(pulled, name, specs[name]))
         for name, value in inputs.items()
-        if not outputs or name in pulled
     }
+
+
+def _or_none_at_all(pulled: Mapping[str, Tensor], name: str, spec: LayerSpec) -> Tensor | None:
+    """What reaches a layer; nothing where nothing of it reaches the output."""
+    out = spec.out_channels // spec.groups
+    zeros = torch.zeros(spec.groups, out, out, dtype=torch.float64)
+    return pulled.get(name, zeros) if pulled else None
 
 
 def _bytes(width: int) -> bool:
@@ -170,7 +183,7 @@ def _backward(
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a model may fail in any way
-        raise UnsupportedError(
+        raise NoGradientsError(
             f"the model does not run backwards on the data: {first_line(error)}"
         ) from error
     yield from (

@@ -62,7 +62,7 @@ def divergences(wanted: Sequence[Sequence[Tensor]], found: Iterable[Sequence[Ten
     for want, have in zip(wanted, found, strict=True):
         if [each.shape for each in want] != [each.shape for each in have]:
             return torch.full((1,), math.inf, dtype=torch.float64)
-        samples = _samples(want)
+        samples = samples_of(want)
         for place, (w, f) in enumerate(zip(want, have, strict=True)):
             missed[place].append(_missed(w.double(), f.double(), samples, scores[place]))
     parts = [
@@ -72,7 +72,12 @@ def divergences(wanted: Sequence[Sequence[Tensor]], found: Iterable[Sequence[Ten
     return torch.stack(parts).sum(0) if parts else torch.zeros(0, dtype=torch.float64)
 
 
-def _samples(outputs: Sequence[Tensor]) -> int:
+def samples_of(outputs: Sequence[Tensor]) -> int:
+    """How many samples a model returned something of: the first axis of the first tensor with any.
+
+    Args:
+        outputs: Tensors of any shape.
+    """
     return next((len(each) for each in outputs if each.ndim), 1)
 
 

@@ -33,9 +33,7 @@ def compress(
     set: options.Set = None,
     metric: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(
-            help="Error that guides the planner, see tdkit plugins; with data else best of several."
-        ),
+        typer.Option(help="Error that guides the planner; else of weights, with data of outputs."),
     ] = None,
     penalty: Annotated[
         Optional[str],  # noqa: UP045

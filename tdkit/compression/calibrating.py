@@ -224,21 +224,21 @@ def _made(traced: TracedModel, plan: Plan) -> tuple[Sequence[Inputs], tuple[str,
 def in_tenths(traced: TracedModel, batches: Sequence[Inputs], seed: int) -> list[Inputs]:
     """Batches of which the last tenth can be held back.
 
-    Images alone are put in another order, since data often come sorted by class, and cut anew,
-    where the model takes any number of them.
+    They are put in another order, since data often come sorted by class or length: images alone
+    one by one, and cut anew, where the model takes any number of them, else whole batches.
 
     Args:
         traced: Tells whether it does.
         batches: Arguments of forward passes, tensors of any shape.
         seed: Of the order.
     """
+    generator = torch.Generator().manual_seed(seed % 2**63)
     alone = traced.sample is not None and traced.sample.batch == 1
     images = [batch.image for batch in batches]
     known = [each for each in images if each is not None]
     if not alone or len(known) < len(batches) or len({each.shape[1:] for each in known}) > 1:
-        return list(batches)
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator)]
     joined = torch.cat(known)
-    generator = torch.Generator().manual_seed(seed % 2**63)
     mixed = joined[torch.randperm(len(joined), generator=generator)]
     size = min(_TOGETHER, max(len(each) for each in known), -(-len(mixed) // 10))
     return [Inputs((part,)) for part in mixed.split(max(1, size))]

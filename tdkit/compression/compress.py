@@ -143,6 +143,7 @@ def compress_model(
     batches: Sequence[Any] = (),
     calibration: Sequence[Any] = (),
     by_data: bool = False,
+    fit: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
     refitting: Callable[[int, int], None] = lambda done, total: None,
 ) -> Compressed:
@@ -160,6 +161,8 @@ def compress_model(
         by_data: Where factors are fitted to data, plan by what these say of the candidates; with
             the best effort build several plans and keep the one whose model is nearest to the
             dense one.
+        fit: Whether factors are fitted to data at all; it takes no fit to make a plan, but several
+            cannot be compared without: the first is taken.
         progress: Called with units done and all units while scoring.
         refitting: Called with the layers that are fitted to data and all of them.
 
@@ -176,15 +179,20 @@ def compress_model(
     drafts = [
         Draft(goal.metric, score(traced, grid, batches=batches, progress=progress, kept=kept))
     ]
+    notes: tuple[str, ...] = ()
     if by_data and goal.calibration == "data" and goal.effort != "fast":
-        share = _share(traced, totals[goal.cost.name], goal)
-        found = drafts_from_data(traced, grid, goal.effort, share, calibration, progress)
+        share = None if goal.further else _share(traced, totals[goal.cost.name], goal)
+        plain = drafts[0].candidates
+        found, notes = drafts_from_data(
+            traced, grid, goal.effort, share, plain, calibration, progress
+        )
         drafts = [*found, *drafts]
     applying = Applying(traced, grid.methods, calibration, batches, grid.costs, refitting, kept, {})
     folding = Folding.of(traced, grid.costs) if goal.fold else Folding()
-    job = _Job(applying, grid, goal, planner, totals, folding)
+    job = _Job(applying, grid, goal, planner, totals, folding, fit)
     with Surgery(traced) as surgery:
-        return applying.finished(job.best(drafts, surgery), folding, surgery)
+        result = applying.finished(job.best(drafts, surgery), folding, surgery)
+    return replace(result, notes=(*notes, *result.notes))
 
 
 def _share(traced: TracedModel, total: int, goal: Goal) -> float:
@@ -204,24 +212,27 @@ class _Job:
     planner: Planner
     totals: Mapping[str, int]
     folding: Folding
+    fit: bool
 
     def best(self, drafts: Sequence[Draft], surgery: Surgery) -> Compressed:
         """The model of the draft that leaves the least divergence, which the model then is.
 
         Without the best effort that of the first draft that reaches the budget.
         """
-        if self.goal.effort != "best":
+        if self.goal.effort != "best" or not self.fit:
             return next(self._built(drafts, surgery))
         model = self.applying.traced.model
-        plain, found = kept_state(model), []
+        best, compared = None, 0
         for result in self._built(drafts, surgery):
-            found.append(_Built(result, kept_state(model), surgery.take_off()))
-            restore(plain)
-        best = min(found, key=lambda each: each.result.divergence)
+            found = _Built(result, kept_state(model), surgery.take_off())
+            compared += 1
+            if best is None or result.divergence < best.result.divergence:
+                best = found
+        assert best is not None
         for layer, module in best.modules.items():
             surgery.replace(layer, module)
         restore(best.norms)
-        return replace(best.result, compared=len(found))
+        return replace(best.result, compared=compared)
 
     def _built(self, drafts: Sequence[Draft], surgery: Surgery) -> Iterator[Compressed]:
         """The models of those drafts that reach the budget, by different plans; at least one."""
@@ -245,9 +256,11 @@ class _Job:
         applying = replace(self.applying, found={})
         while True:
             plan = self.plan(draft, put_back)
-            result = applying.of(plan, surgery, all_or_nothing=True)
+            done = plan if self.fit else replace(plan, effort="fast")
+            result = applying.of(done, surgery, all_or_nothing=True)
             if not result.put_back:
-                return replace(result, put_back=put_back)
+                now = replace(result.plan, effort=plan.effort)
+                return replace(result, plan=now, put_back=put_back)
             put_back |= result.put_back
 
     def plan(self, draft: Draft, put_back: Mapping[str, str]) -> Plan:

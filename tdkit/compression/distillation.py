@@ -6,7 +6,7 @@ import copy
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -218,6 +218,7 @@ class Distillation:
             )
         held, resume = batches[-max(1, len(batches) // 10) :], self._resume(model, dense, batches)
         wanted = list(outputs_of(dense, held))
+        _refuse_others(wanted, outputs_of(model, held))
         if not all(wanted):
             raise UnsupportedError("the model returns no numbers that another one could learn")
         lessons = Lessons(
@@ -284,6 +285,16 @@ class _Held:
             for want, have in zip(wanted, outputs, strict=True)
         ]
         return math.sqrt(sum(missed) / len(missed))
+
+
+def _refuse_others(wanted: Sequence[Sequence[Tensor]], found: Iterable[Sequence[Tensor]]) -> None:
+    """Refuse a model that returns other things than the one that it is to learn from."""
+    want, have = ([tuple(x.shape) for x in outputs] for outputs in (wanted[0], next(iter(found))))
+    if want != have:
+        raise UsageError(
+            f"the dense model returns tensors of the shapes {want}, and the compressed one {have}",
+            "a model learns from the one that it was made of",
+        )
 
 
 def _as_taken(batches: Sequence[Inputs], model: nn.Module) -> Sequence[Inputs]:

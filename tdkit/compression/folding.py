@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from tdkit.calibration.divergence import outputs_of
 from tdkit.calibration.following import following
+from tdkit.calibration.pairs import removed
 from tdkit.compression.surgery import Surgery
 from tdkit.costs.base import Cost, total_cost
 from tdkit.decompositions.base import Decomposition, Rank, bias_stages
-from tdkit.errors import UsageError, option
+from tdkit.errors import UnsupportedError, UsageError, option
 from tdkit.forward.copying import shared_copy
 from tdkit.layers.impulses import join_groups, split_groups
 from tdkit.layers.inventory import Layer, find_layers
@@ -64,7 +68,7 @@ class Folding:
         layers = [layer for layer in traced.layers if layer.name in free and layer.calls]
         after = following(traced.model, [layer.name for layer in layers], traced.sample)
         found = {layer: after[layer.name].norm for layer in layers}
-        norms = {layer: norm for layer, norm in found.items() if norm is not None}
+        norms = _alone(traced, {layer: norm for layer, norm in found.items() if norm is not None})
         return cls(norms, {cost.name: _savings(traced, norms, cost) for cost in costs})
 
     def saving(self, cost: str) -> int:
@@ -120,6 +124,48 @@ class Folding:
             result[norm] = ()
             folded.append(layer)
         return result, folded
+
+
+def _alone(traced: TracedModel, norms: Mapping[Layer, str]) -> Mapping[Layer, str]:
+    """Those norms without which nobody sees what their layer returns."""
+    assert traced.sample is not None
+    wanted = list(outputs_of(traced.model, [traced.sample]))
+    if _is_unseen(traced, norms, wanted):
+        return norms
+    return {x: norm for x, norm in norms.items() if _is_unseen(traced, {x: norm}, wanted)}
+
+
+def _is_unseen(
+    traced: TracedModel, norms: Mapping[Layer, str], wanted: Sequence[Sequence[Tensor]]
+) -> bool:
+    """Whether the model returns the same where NaN is what all but the norms are given."""
+    assert traced.sample is not None
+    made: dict[str, Tensor] = {}
+
+    def spoil(norm: str, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        made[norm] = output
+        return torch.full_like(output, torch.nan)
+
+    def mend(norm: str, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (made[norm], *args[1:])
+
+    handles: list[Any] = []
+    for layer, norm in norms.items():
+        module, other = (traced.model.get_submodule(name) for name in (layer.name, norm))
+        handles.append(module.register_forward_hook(partial(spoil, norm)))
+        handles.append(other.register_forward_pre_hook(partial(mend, norm)))
+    with removed(handles):
+        try:
+            found = list(outputs_of(traced.model, [traced.sample]))
+        except UnsupportedError:  # somebody looked at what was NaN
+            return False
+    return len(found) == len(wanted) and all(
+        a.shape == b.shape
+        and torch.equal(a.isnan(), b.isnan())
+        and torch.equal(a.nan_to_num(), b.nan_to_num())
+        for one, other in zip(found, wanted, strict=True)
+        for a, b in zip(one, other, strict=True)
+    )
 
 
 def _savings(traced: TracedModel, norms: Mapping[Layer, str], cost: Cost) -> dict[Layer, int]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tdkit.calibration.activations import Rows, fitted_to_activations
-from tdkit.calibration.divergence import divergences, outputs_of
+from tdkit.calibration.divergence import divergences, outputs_of, samples_of
 from tdkit.calibration.following import Following, following
 from tdkit.calibration.pairs import Pairs, Wanted, at_least_float, given_rows, wanted_outputs
 from tdkit.calibration.passes import Passes
@@ -109,9 +109,7 @@ class Observed:
     def divergences(self, model: nn.Module) -> Divergences:
         """How far a compressed model's outputs are from the dense ones."""
         batches = self.batches[-len(self.outputs) :]
-        samples = sum(
-            len(each[0]) if each and each[0].ndim else 1 for each in self.outputs[-self.held :]
-        )
+        samples = sum(map(samples_of, self.outputs[-self.held :]))
         return Divergences(divergences(self.outputs, outputs_of(model, batches)), samples)
 
     @property
@@ -146,12 +144,12 @@ class Divergences:
     @property
     def held_back(self) -> float:
         """In the mean over what no factor was fitted to."""
-        return float(self.each[-self.held :].mean())
+        return _known(float(self.each[-self.held :].mean()))
 
     @property
     def mean(self) -> float:
         """Over all."""
-        return float(self.each.mean())
+        return _known(float(self.each.mean()))
 
     def is_worse(self, other: Divergences) -> bool:
         """Whether this is more over all, or on what is held back by more than chance.
@@ -159,9 +157,16 @@ class Divergences:
         A difference counts beyond twice its standard error; where that is not to be known, since
         a few samples are held back, any.
         """
+        if not math.isfinite(other.mean):
+            return not math.isfinite(self.mean)
         gaps = self.each[-self.held :] - other.each[-self.held :]
         chance = 2 * float(gaps.std()) / math.sqrt(len(gaps)) if len(gaps) >= _MANY else 0.0
         return not (self.mean <= other.mean and float(gaps.mean()) <= chance)
+
+
+def _known(divergence: float) -> float:
+    """Of outputs that are no numbers it is infinite."""
+    return divergence if math.isfinite(divergence) else math.inf
 
 
 @dataclass(frozen=True, eq=False)

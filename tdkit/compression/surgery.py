@@ -11,6 +11,7 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
+from tdkit.compression.calibrating import State, kept_state, restore
 from tdkit.errors import StorageError, first_line
 from tdkit.files import os_error
 from tdkit.layers.inventory import Layer, replace_layer
@@ -39,6 +40,7 @@ class Surgery:
         self._swapped: list[tuple[nn.Module, str, nn.Module]] = []
         self._stack = ExitStack()
         self._folder: Path | None = None
+        self._norms: State = {}
         if _is_last(traced):
             try:
                 made = self._stack.enter_context(TemporaryDirectory(prefix="tdkit-"))
@@ -47,6 +49,7 @@ class Surgery:
             self._folder = Path(made)
 
     def __enter__(self) -> Surgery:
+        self._norms = kept_state(self._traced.model)
         return self
 
     def __exit__(
@@ -101,10 +104,14 @@ class Surgery:
         return self._kept(layer, list(self._replaced).index(layer))
 
     def undo(self) -> None:
-        """Put every dense layer back: the module that it was, with the parameters that it had."""
+        """Put every dense layer back: the module that it was, with the parameters that it had.
+
+        BatchNorm has its statistics again, too.
+        """
         for owner, attribute, old in reversed(self._swapped):
             owner._modules[attribute] = old
         self._swapped.clear()
+        restore(self._norms)
         for place, (layer, dense) in enumerate(self._replaced.items()):
             self._refill(dense.get_parameter("weight"), layer, place)
             replace_layer(self._traced.model, layer, dense)

@@ -60,7 +60,6 @@ def choose(
         planner: Sees savings and penalties only.
         bounds: The budget, then further bounds, for a planner that holds several.
         metric: Which error; its law says by what penalty it adds up over layers.
-        spared: What falls away whatever is chosen.
 
     Raises:
         OutOfReachError: If the bounds are out of reach, which names the smallest reachable ones.

@@ -182,6 +182,50 @@ def test_what_cannot_take_it_in_is_no_candidate_and_keeps_its_norm_in_a_plan() -
     assert found.after == model_parameters(done.model)
 
 
+class TwoReaders(nn.Module):
+    """What the stem returns goes into a norm, and around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(2, 6, 1), nn.BatchNorm2d(6)
+        self.body, self.norm_body = nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores."""
+        x = self.stem(x)
+        x = x + self.norm_body(self.body(self.norm(x).relu()))
+        result: Tensor = self.head(x.mean((2, 3)))
+        return result
+
+
+def test_a_norm_stays_where_others_see_what_is_in_front_of_it() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        dense = TwoReaders().double()
+        dense.norm.running_mean += 1
+        dense.norm_body.running_mean -= 1
+    dense.eval()
+    traced = TracedModel.of(dense, images(), include_ends=True)
+    assert list(Folding.of(traced, [PARAMS]).norms.values()) == ["norm_body"]
+    plan = Plan((), calibration="none", fold=True)
+    done = tdkit.apply(plan, dense, example_inputs=images(), measure=False)
+    torch.testing.assert_close(done.model(images()), dense(images()))
+    assert isinstance(done.model.norm, nn.BatchNorm2d)
+
+
+def test_statistics_come_back_where_folding_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Folding, "fold", fail)
+    dense = net().float()
+    before = copy.deepcopy(dense.state_dict())
+    with pytest.raises(KeyboardInterrupt):
+        tdkit.compress(dense, 0.5, fold=True, data=images(32).float(), inplace=True, measure=False)
+    assert all(torch.equal(value, before[key]) for key, value in dense.state_dict().items())
+
+
 def test_without_a_forward_pass_nobody_knows_what_follows_what() -> None:
     with pytest.raises(UsageError, match="folding takes a forward pass"):
         tdkit.compress(net(), 0.5, fold=True)

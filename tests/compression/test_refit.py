@@ -16,7 +16,7 @@ from tdkit.calibration.divergence import are_scores, divergence, divergences, ou
 from tdkit.calibration.following import Following, following
 from tdkit.compression import calibrating, drafts
 from tdkit.compression.applying import Applying, Compressed
-from tdkit.compression.refit import Refitted
+from tdkit.compression.refit import Divergences, Refitted
 from tdkit.decompositions.base import prepared
 from tdkit.decompositions.svd import Svd
 from tdkit.errors import UsageError
@@ -188,13 +188,14 @@ def test_whichever_draft_is_best_is_what_the_model_then_is(
         assert torch.equal(value, done.model.state_dict()[key]), key
 
 
-def test_a_draft_that_cannot_reach_the_budget_is_passed_over() -> None:
+def test_layers_of_which_data_say_nothing_are_planned_by_their_weights() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         dense = Routed().eval()
     options: dict[str, Any] = {"data": list(rows().split(100)), "example_inputs": rows(4)}
     done = tdkit.compress(dense, 0.4, measure=False, **options)
-    assert done.plan.metric == "relative-weights"
+    assert done.plan.metric == "whitened-features"
+    assert "never" in done.structure
     with pytest.raises(UsageError, match="out of reach"):
         tdkit.compress(dense, 0.01, measure=False, **options)
 
@@ -449,3 +450,51 @@ def test_where_covariances_take_long_the_plan_is_by_weights_unless_asked(
     monkeypatch.setattr(drafts, "_MOST", 10)
     assert compressed(model(), "default", metric=None).plan.metric == "relative-weights"
     assert compressed(model(), "best", metric=None).compared > 1
+
+
+@pytest.mark.parametrize("effort", ["default", "best"])
+def test_a_dry_run_plans_by_data_too_and_fits_nothing(effort: str) -> None:
+    dry = compressed(model(), effort, metric=None, dry_run=True)
+    assert dry.plan.metric == "whitened-features"
+    assert dry.plan.effort == effort
+    assert dry.steps == ()
+    if effort == "default":
+        assert dry.plan.moves == compressed(model(), effort, metric=None).plan.moves
+
+
+class Opaque(Residual):
+    """Of what happens inside there is no gradient."""
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Scores."""
+        result: Tensor = super().forward(x)
+        return result
+
+
+def test_without_gradients_the_other_plans_are_made_and_a_note_says_so() -> None:
+    dense = model()
+    dense.__class__ = Opaque
+    done = compressed(dense, "best", metric=None)
+    assert done.compared == 2
+    assert any("no plan is made by output-gauss-newton" in note for note in done.notes)
+
+
+@pytest.mark.parametrize("options", [{}, {"distill": 1}])
+def test_a_caller_in_inference_mode_is_served_with_the_best_effort(options: Any) -> None:
+    dense = model()
+    with torch.inference_mode():
+        done = compressed(dense, "best", metric=None, **options)
+    assert done.steps[1].name == "refit"
+
+
+def test_keeps_of_ones_own_are_all_looked_at() -> None:
+    done = compressed(model(), "default", metric=None, keeps=[0.05, 0.35, 0.5])
+    assert done.plan.metric == "whitened-features"
+
+
+def test_outputs_that_are_no_numbers_are_never_better() -> None:
+    good, nan = (Divergences(torch.full((40,), value), 30) for value in (1.0, torch.nan))
+    assert nan.mean == nan.held_back == float("inf")
+    assert nan.is_worse(good)
+    assert not good.is_worse(nan)
