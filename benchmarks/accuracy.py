@@ -56,21 +56,13 @@ def ways(cost: Cost, fold: bool) -> dict[str, list[Way]]:
     """By what selects them on the command line."""
     ours = partial(tdkit.compress, cost=cost.name, fold=fold, measure=False)
 
-    def peer(make: Callable[[TracedModel, float, Cost], nn.Module]) -> Way:
+    def peer(title: str, make: Callable[[TracedModel, Images, float, Cost], nn.Module]) -> Way:
         def made(dense: nn.Module, budget: float, images: Images) -> nn.Module:
-            small = make(TracedModel.of(dense, images[0][:2]), budget, cost)
+            small = make(TracedModel.of(dense, images[0][:2]), images, budget, cost)
             match_statistics(dense, small, [Inputs((batch,)) for batch in images])
             return small
 
-        return Way("", made)
-
-    def titled(title: str, way: Way) -> Way:
-        return Way(title, way.make, way.images)
-
-    def aimet(dense: nn.Module, budget: float, images: Images) -> nn.Module:
-        small = peers.aimet(TracedModel.of(dense, images[0][:2]), images, budget, cost)
-        match_statistics(dense, small, [Inputs((batch,)) for batch in images])
-        return small
+        return Way(title, made)
 
     def fitted(title: str, **options: object) -> Way:
         return Way(
@@ -80,10 +72,10 @@ def ways(cost: Cost, fold: bool) -> dict[str, list[Way]]:
 
     return {
         "peers": [
-            titled("one keep for all, Tucker", peer(partial(peers.uniform, "tucker"))),
-            titled("one keep for all, CP", peer(partial(peers.uniform, "cp"))),
-            titled("ALDS's allocation, SVD", peer(peers.alds)),
-            Way("AIMET's spatial SVD", aimet),
+            peer("one keep for all, Tucker", partial(peers.uniform, "tucker")),
+            peer("one keep for all, CP", partial(peers.uniform, "cp")),
+            peer("ALDS's allocation, SVD", peers.alds),
+            peer("AIMET's spatial SVD", peers.aimet),
         ],
         "none": [
             Way(

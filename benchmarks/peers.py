@@ -31,7 +31,13 @@ def method(name: str) -> Decomposition:
     return found
 
 
-def uniform(name: str, traced: TracedModel, budget: float, cost: Cost) -> nn.Module:
+Images = Sequence[Tensor]
+"""Batches that some look at."""
+
+
+def uniform(
+    name: str, traced: TracedModel, _images: Images, budget: float, cost: Cost
+) -> nn.Module:
     """One keep for all layers, the largest that holds the budget, with tensorly's ranks."""
     how, total = method(name), total_cost(traced.model, traced.layers, cost)
     layers = [layer for layer in traced.layers if layer.reason is None and layer.spec]
@@ -48,7 +54,7 @@ def uniform(name: str, traced: TracedModel, budget: float, cost: Cost) -> nn.Mod
     raise UnreachableError
 
 
-def alds(traced: TracedModel, budget: float, cost: Cost) -> nn.Module:
+def alds(traced: TracedModel, _images: Images, budget: float, cost: Cost) -> nn.Module:
     """The least largest relative error of any layer, by SVD (Liebenwein et al. 2021, ALDS)."""
     grid = Grid({"svd": Svd()}, [RELATIVE], [k / 100 for k in range(1, 100)], costs=(cost,))
     candidates = score(traced, grid)
@@ -56,7 +62,7 @@ def alds(traced: TracedModel, budget: float, cost: Cost) -> nn.Module:
     return _least_largest(traced, candidates, errors, budget, cost)
 
 
-def aimet(traced: TracedModel, images: Sequence[Tensor], budget: float, cost: Cost) -> nn.Module:
+def aimet(traced: TracedModel, images: Images, budget: float, cost: Cost) -> nn.Module:
     """Spatial SVD with AIMET's greedy selection: the score of a layer compressed alone decides.
 
     The score is how often the model then says what the dense one says of the images, which takes
@@ -76,7 +82,7 @@ def aimet(traced: TracedModel, images: Sequence[Tensor], budget: float, cost: Co
     return _least_largest(traced, candidates, losses, budget, cost)
 
 
-def _classes(model: nn.Module, images: Sequence[Tensor]) -> Tensor:
+def _classes(model: nn.Module, images: Images) -> Tensor:
     with torch.inference_mode():
         return torch.cat([model(batch).argmax(1) for batch in images])
 
