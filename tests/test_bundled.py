@@ -100,7 +100,7 @@ def test_the_bundled_model_is_right_on_93_of_100_test_images(dense_accuracy: flo
         (0.1, "noise", 4.0),
         pytest.param(0.5, "data", 0.2, marks=pytest.mark.slow),
         pytest.param(0.25, "data", 0.5, marks=pytest.mark.slow),
-        (0.1, "data", 1.8),
+        pytest.param(0.1, "data", 1.8, marks=pytest.mark.slow),
         pytest.param(0.05, "data", 4.5, marks=pytest.mark.slow),
     ],
 )

@@ -64,7 +64,10 @@ def files(folder: Path) -> set[str]:
 
 @pytest.mark.usefixtures("toy_plugin")
 def test_json_is_one_object_with_every_key_and_true_numbers(tdkit, toy, tmp_path) -> None:
-    done = tdkit("compress", "toy.pt", "--json", "--data", "toy-data", "-o", "small.pt", *FAST)
+    by_weights = ("--metric", "relative-weights", *FAST)
+    done = tdkit(
+        "compress", "toy.pt", "--json", "--data", "toy-data", "-o", "small.pt", *by_weights
+    )
     assert done.status == 0
     report = json.loads(done.stdout)
     assert set(report) >= KEYS

@@ -167,7 +167,9 @@ def test_of_several_plans_the_one_is_kept_whose_model_is_nearest() -> None:
     }
 
 
-@pytest.mark.parametrize("better", [0, 1, 2])
+@pytest.mark.parametrize(
+    "better", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_whichever_draft_is_best_is_what_the_model_then_is(
     better: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
