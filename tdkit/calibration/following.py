@@ -51,7 +51,7 @@ class Following:
             return [partial(apply, None, None)] * groups
         norm = dense.get_submodule(self.norm)
         assert isinstance(norm, _BatchNorm)
-        parts = zip(*(each.chunk(groups) for each in _affine(norm)), strict=True)
+        parts = zip(*(each.float().chunk(groups) for each in affine(norm)), strict=True)
         return [partial(apply, scale, shift) for scale, shift in parts]
 
 
@@ -138,17 +138,15 @@ def _fits(model: nn.Module, layer: str, norm: str) -> bool:
     return isinstance(other, kinds[axes] | nn.SyncBatchNorm) and other.num_features == channels
 
 
-def _affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """A BatchNorm in eval mode as a factor and a summand, (channels,)."""
-    mean, variance = norm.running_mean, norm.running_var
-    assert mean is not None
-    assert variance is not None
-    with torch.inference_mode(False), torch.no_grad():  # gradients are to go through them
-        scale = (variance + norm.eps).rsqrt()
-        shift = -mean * scale
-        if norm.affine:
-            scale, shift = scale * norm.weight, shift * norm.weight + norm.bias
-        return scale.float(), shift.float()
+def affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """A BatchNorm in eval mode as a factor and a summand, (channels,), float64."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.affine:
+        scale = scale * norm.weight.detach().double()
+    shift = -norm.running_mean.double() * scale
+    return scale, shift + norm.bias.detach().double() if norm.affine else shift
 
 
 def _settings(activation: nn.Module) -> dict[str, Any]:

@@ -239,10 +239,11 @@ class _Job:
         seen: list[frozenset[Move]] = []
         for number, draft in enumerate(drafts):
             try:
-                moves = frozenset(self.plan(draft, {}).moves)
+                plan = self.plan(draft, {})
+                moves = frozenset(plan.moves)
                 if moves in seen:
                     continue
-                result = self.built(draft, surgery)
+                result = self.built(draft, plan, surgery)
             except UsageError:
                 if not seen and number == len(drafts) - 1:
                     raise
@@ -250,18 +251,18 @@ class _Job:
             seen.append(moves)
             yield result
 
-    def built(self, draft: Draft, surgery: Surgery) -> Compressed:
+    def built(self, draft: Draft, plan: Plan, surgery: Surgery) -> Compressed:
         """The model of a draft, planned around what breaks it."""
         put_back: dict[str, str] = {}
         applying = replace(self.applying, found={})
         while True:
-            plan = self.plan(draft, put_back)
             done = plan if self.fit else replace(plan, effort="fast")
             result = applying.of(done, surgery, all_or_nothing=True)
             if not result.put_back:
                 now = replace(result.plan, effort=plan.effort)
                 return replace(result, plan=now, put_back=put_back)
             put_back |= result.put_back
+            plan = self.plan(draft, put_back)
 
     def plan(self, draft: Draft, put_back: Mapping[str, str]) -> Plan:
         methods, takes = self.grid.methods, self.folding.takes

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tdkit.calibration.divergence import outputs_of
-from tdkit.calibration.following import following
+from tdkit.calibration.following import affine, following
 from tdkit.calibration.pairs import removed
 from tdkit.compression.surgery import Surgery
 from tdkit.costs.base import Cost, total_cost
@@ -188,7 +188,7 @@ def _savings(traced: TracedModel, norms: Mapping[Layer, str], cost: Cost) -> dic
 def _folded(module: nn.Module, stage: LayerSpec, norm: _BatchNorm) -> nn.Module:
     """A layer as it is with a norm behind it in eval mode."""
     weight, bias = module.get_parameter("weight"), module._parameters.get("bias")
-    scale, shift = _affine(norm)
+    scale, shift = affine(norm)
     result = stage.with_bias(True).build(dtype=weight.dtype, device=weight.device)
     with torch.no_grad():
         parts = split_groups(weight.detach().double(), stage)
@@ -200,17 +200,6 @@ def _folded(module: nn.Module, stage: LayerSpec, norm: _BatchNorm) -> nn.Module:
         own = norm._parameters.get("bias") if name == "bias" else weight
         parameter.requires_grad_(weight.requires_grad if own is None else own.requires_grad)
     return result.train(module.training)
-
-
-def _affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """A norm in eval mode as a factor and a summand, (channels,), float64."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.affine:
-        scale = scale * norm.weight.detach().double()
-    shift = -norm.running_mean.double() * scale
-    return scale, shift + norm.bias.detach().double() if norm.affine else shift
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
